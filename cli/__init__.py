@@ -1,0 +1,1 @@
+"""The promptstitch command: a thin layer over the packages below."""

@@ -1,0 +1,1 @@
+"""The model: configuration, checkpoints, packed linears, forward. Knows no scheduler."""

@@ -1,0 +1,1 @@
+"""The registry of soft prompts: value, file, store, resolution. Knows no model."""

@@ -1,0 +1,1 @@
+"""HTTP over an engine and a registry. Knows no tensors."""
