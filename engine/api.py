@@ -108,7 +108,7 @@ class Tokenizer(Protocol):
     def chat_template_digest(self) -> str: ...
 
     def encode(self, text: str, bos: Bos = "tokenizer") -> list[int]:
-        """Ids of a plain text; special tokens spelled in it are NOT recognised. `bos` is the prompt's layout."""
+        """Ids of a plain text, the same that transformers' tokenizer gives. `bos` is the prompt's layout."""
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
         """Ids of the messages through the chat template, generation prompt added. Raises ValueError."""
