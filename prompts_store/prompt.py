@@ -46,7 +46,9 @@ class SoftPrompt:
 
     def __post_init__(self) -> None:
         if tuple(sorted(self.tensors)) != tuple(sorted(TENSOR_NAMES[self.kind])):
-            raise ValueError(f"a prompt of kind {self.kind} holds {TENSOR_NAMES[self.kind]}, got {sorted(self.tensors)}")
+            raise ValueError(
+                f"a prompt of kind {self.kind} holds {TENSOR_NAMES[self.kind]}, got {sorted(self.tensors)}"
+            )
         rank = 2 if self.kind == "rows" else 4
         for name, tensor in self.tensors.items():
             if tensor.dtype != torch.float32 or not tensor.is_contiguous() or tensor.device.type != "cpu":
