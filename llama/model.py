@@ -59,8 +59,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:  # (T, H) -> (T, H)
         heads = self.qkv(self.attention_norm(x)).view(x.shape[0], -1, self.head_dim)
-        qk, v = heads.split((self.heads + self.kv_heads, self.kv_heads), 1)
-        q, k = rotate(qk, rotation).split((self.heads, self.kv_heads), 1)
+        qk = rotate(heads[:, : self.heads + self.kv_heads], rotation)
+        q, k, v = qk[:, : self.heads], qk[:, self.heads :], heads[:, self.heads + self.kv_heads :]
         x = x + self.o(attend(self.index, q, k, v))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(F.silu(gate) * up)
