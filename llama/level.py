@@ -1,0 +1,45 @@
+"""What a foreign checkpoint's `config.json` says was done to its weights, as a canonical level name.
+
+Knows the names only; a format that cannot be served is refused where its tensors are read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from llama.errors import UnsupportedModel
+
+SUPPORTED = "dense; bitsandbytes nf4 and int8; compressed-tensors pack-quantized; gptq"
+
+
+def declared_level(raw: Mapping[str, Any]) -> str:
+    """The level of the checkpoint that the dictionary of a `config.json` describes. Raises UnsupportedModel.
+
+    A grid with one scale for a whole row is written without a group: `w4`.
+    """
+    quantisation = raw.get("quantization_config")
+    if not quantisation:
+        return "dense"
+    method = quantisation.get("quant_method")
+    if method == "bitsandbytes" or quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit"):
+        if quantisation.get("load_in_4bit"):
+            return str(quantisation.get("bnb_4bit_quant_type", "fp4"))
+        return "int8"
+    if method == "gptq":
+        return _grid(quantisation.get("bits"), quantisation.get("group_size"))
+    if method == "compressed-tensors" and quantisation.get("format") == "pack-quantized":
+        weights = [group.get("weights") or {} for group in (quantisation.get("config_groups") or {}).values()]
+        levels = {_grid(entry.get("num_bits"), entry.get("group_size")) for entry in weights}
+        if len(levels) == 1:
+            return levels.pop()
+        raise UnsupportedModel(f"quantization_config.config_groups holds {len(levels)} grids; supported: one")
+    raise UnsupportedModel(
+        f"quantization_config says {method!r} {quantisation.get('format', '')!r}; supported: {SUPPORTED}"
+    )
+
+
+def _grid(bits: Any, group: Any) -> str:
+    if not isinstance(bits, int):
+        raise UnsupportedModel(f"quantization_config gives {bits!r} bits; supported: {SUPPORTED}")
+    return f"w{bits}g{group}" if isinstance(group, int) and group > 0 else f"w{bits}"
