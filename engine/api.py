@@ -105,6 +105,10 @@ class Tokenizer(Protocol):
     @property
     def eos_token_ids(self) -> frozenset[int]: ...
     @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids that stand for no text."""
+
+    @property
     def chat_template_digest(self) -> str: ...
 
     def encode(self, text: str, bos: Bos = "tokenizer") -> list[int]:

@@ -1,8 +1,8 @@
 """Who holds which page of the KV cache.
 
-Plain integers and dictionaries: knows no tensors and no requests. A page is blank, private to one sequence, or part of a
-block: pages with a key, read-only, shared by reference count. A block that nobody holds stays findable until its pages
-are needed, least recently used first.
+Plain integers and dictionaries: knows no tensors and no requests. A page is blank, private to one sequence, or part of
+a block: pages with a key, read-only, shared by reference count. A block that nobody holds stays findable until its
+pages are needed, least recently used first.
 """
 
 from __future__ import annotations
@@ -42,6 +42,7 @@ class Block:
 
     key: Key
     pages: tuple[int, ...]
+    label: str = ""  # the digest of a soft prompt; for people
     holders: int = field(default=0, init=False)  # kept by PagePool
 
 
@@ -112,13 +113,17 @@ class PagePool:
         else:
             self._blank.extend(block.pages)  # forgotten while it was held
 
-    def publish(self, key: Key, pages: Sequence[int]) -> Block | None:
+    def publish(self, key: Key, pages: Sequence[int], label: str = "") -> Block | None:
         """Turn private pages into a block held once; None, and they stay private, if the key is taken."""
         if key in self._blocks:
             return None
-        block = self._blocks[key] = Block(key, tuple(pages))
+        block = self._blocks[key] = Block(key, tuple(pages), label)
         block.holders = 1
         return block
+
+    def labels(self) -> tuple[str, ...]:
+        """Of the blocks that have one; may be asked from another thread."""
+        return tuple(sorted({block.label for block in list(self._blocks.values()) if block.label}))
 
     def forget(self, block: Block) -> None:
         """Let nobody find a held block any more: its content is not what its key says."""

@@ -10,11 +10,12 @@ from dataclasses import dataclass, field
 
 from engine.api import Sink
 from engine.pages import Block, Key
-from engine.request import GenerationRequest
+from engine.request import GenerationRequest, TokenLogprob
 from engine.text import TextStream
 
 
 class Status(enum.Enum):
+    NEW = "new"  # not in a queue yet
     WAITING = "waiting"  # holds no pages
     RUNNING = "running"
     FINISHED = "finished"
@@ -36,6 +37,8 @@ class Ticket:
     admitted: float = field(default=0.0, init=False)  # first admission, set by the scheduler
     prefilled: float = field(default=0.0, init=False)  # first token, set by the engine
     cached_tokens: int = field(default=0, init=False)  # set by the scheduler
+    scores: list[TokenLogprob] = field(default_factory=list, init=False)  # of the text so far, its first token left out
+    scored: bool = field(default=False, init=False)  # the scores have been told
 
     @property
     def soft_tokens(self) -> int:
@@ -55,12 +58,13 @@ class Sequence:
     index: int
     text: TextStream
     tokens: list[int]  # text, then generated
-    status: Status = field(default=Status.WAITING, init=False)
+    status: Status = field(default=Status.NEW, init=False)
     computed: int = field(default=0, init=False)  # tokens whose KV is in the pages
     prefix: Block | None = field(default=None, init=False)  # of the soft prompt
     table: list[int] = field(default_factory=list, init=False)  # pages by position
     owners: list[Block | None] = field(default_factory=list, init=False)  # for the pages behind the shared prefix ones
     keys: list[Key] = field(default_factory=list, init=False)  # of the text pages that are full, in order
+    published: int = field(default=0, init=False)  # text pages that the pool knows, or was offered
 
     @property
     def num_text(self) -> int:
@@ -82,4 +86,5 @@ class Sequence:
 
     @property
     def scores_text(self) -> bool:
-        return self.index == 0 and self.ticket.request.sampling.prompt_logprobs is not None
+        ticket = self.ticket
+        return self.index == 0 and not ticket.scored and ticket.request.sampling.prompt_logprobs is not None

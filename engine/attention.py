@@ -1,0 +1,140 @@
+"""Attention over pages, in plain torch.
+
+`KVPages` holds the keys and values of every layer; `PagedAttention` is one step's `Attend`: it writes the step's keys
+and values into their pages and lets every token look at its own sequence. Tensors in, tensors out: knows no requests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from engine.pages import BLANK_PAGE
+from llama.config import LlamaConfig
+
+
+class KVPages:
+    """keys and values, each (layers, pages, page size, KV heads, D)."""
+
+    def __init__(
+        self, config: LlamaConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
+        self.page_size = page_size
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+
+    @staticmethod
+    def bytes_per_page(config: LlamaConfig, page_size: int, dtype: torch.dtype) -> int:
+        return 2 * config.num_layers * page_size * config.num_kv_heads * config.head_dim * dtype.itemsize  # 2: k and v
+
+    def blank(self, pages: Sequence[int]) -> None:
+        """Zero pages: masked positions still enter a product, and what an earlier owner left might not be finite."""
+        index = torch.tensor(pages, device=self.keys.device)
+        self.keys.index_fill_(1, index, 0)
+        self.values.index_fill_(1, index, 0)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole pages, (from, to) each."""
+        source, target = torch.tensor(pairs, device=self.keys.device).unbind(1)
+        for store in (self.keys, self.values):
+            store.index_copy_(1, target, store.index_select(1, source))
+
+    def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
+        """k, v (T, KV heads, D) into slots (T,) = page * page size + offset."""
+        self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
+        self.values[layer].flatten(0, 1).index_copy_(0, slots, v)
+
+    def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
+        """tables (B, pages) → keys, values (B, KV heads, pages * page size, D)."""
+        flat, shape = tables.flatten(), (tables.shape[0], -1, *self.keys.shape[3:])
+        k = self.keys[layer].index_select(0, flat).view(shape).transpose(1, 2)
+        v = self.values[layer].index_select(0, flat).view(shape).transpose(1, 2)
+        return k, v
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one sequence in the flat batch: `length` of them, the first at position `start`."""
+
+    table: Sequence[int]
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
+
+
+class PagedAttention:
+    """The `Attend` of one step. Spans of one token come first; they are computed as one padded batch."""
+
+    def __init__(self, kv: KVPages, spans: Sequence[Span]) -> None:
+        self._kv = kv
+        self._device, self._dtype = kv.keys.device, kv.keys.dtype
+        self._slots = self._tensor([slot for span in spans for slot in self._slots_of(span)])
+        self._singles = sum(1 for span in spans if span.length == 1)
+        assert all(span.length == 1 for span in spans[: self._singles])
+        self._chunks = [self._chunk(span) for span in spans[self._singles :]]
+        if self._singles:
+            self._tables, self._mask = self._pad(spans[: self._singles])
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        self._kv.write(layer, self._slots, k, v)
+        outs = [self._decode(layer, q[: self._singles])] if self._singles else []
+        at = self._singles
+        for table, mask, length in self._chunks:
+            outs.append(
+                self._prefill(layer, q[at : at + length], k[at : at + length], v[at : at + length], table, mask)
+            )
+            at += length
+        return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+    def _decode(self, layer: int, q: Tensor) -> Tensor:
+        """One query a sequence; the heads that share a KV head are its queries, so that no key is repeated."""
+        k, v = self._kv.read(layer, self._tables)
+        out = F.scaled_dot_product_attention(q.view(q.shape[0], k.shape[1], -1, q.shape[2]), k, v, attn_mask=self._mask)
+        return out.flatten(1)
+
+    def _prefill(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, mask: Tensor | None
+    ) -> Tensor:
+        if table is None:
+            keys, values = k[None].transpose(1, 2), v[None].transpose(1, 2)
+        else:
+            keys, values = self._kv.read(layer, table)
+        out = F.scaled_dot_product_attention(
+            q[None].transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
+        )
+        return out[0].transpose(0, 1).flatten(1)
+
+    def _chunk(self, span: Span) -> tuple[Tensor | None, Tensor | None, int]:
+        """A chunk with nothing before it needs no pages and no mask."""
+        if span.start == 0:
+            return None, None, span.length
+        pages = -(-span.end // self._kv.page_size)
+        last = torch.arange(span.start, span.end, device=self._device)[:, None]
+        hidden = torch.arange(pages * self._kv.page_size, device=self._device) > last
+        return self._tensor([span.table[:pages]]), self._additive(hidden)[None, None], span.length
+
+    def _pad(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
+        """Block tables of equal length and what each row may not see."""
+        size = self._kv.page_size
+        width = max(-(-span.end // size) for span in spans)
+        tables = [[*span.table[:width], *[BLANK_PAGE] * (width - len(span.table))] for span in spans]
+        hidden = torch.arange(width * size, device=self._device) >= self._tensor([span.end for span in spans])[:, None]
+        return self._tensor(tables), self._additive(hidden)[:, None, None]
+
+    def _slots_of(self, span: Span) -> Sequence[int]:
+        size = self._kv.page_size
+        return [span.table[at // size] * size + at % size for at in range(span.start, span.end)]
+
+    def _additive(self, hidden: Tensor) -> Tensor:
+        return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
+        return torch.tensor(values, device=self._device)

@@ -1,0 +1,55 @@
+"""How large the engine is: its knobs, each written once, and what they come to for a given model.
+
+Knows shapes and bytes; knows no requests.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from engine.attention import KVPages
+from llama.model import Llama
+
+CPU_KV_BYTES = 2 << 30
+CUDA_KV_SHARE = 0.9  # of what is free once the weights are there
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """Sizes in tokens unless said."""
+
+    page_size: int = 16
+    kv_bytes: int | None = None  # None = 2 GiB on the CPU, 90 % of the free memory on CUDA
+    max_running: int = 64  # sequences in a batch
+    max_batch_tokens: int = 512  # computed in one step
+    max_waiting: int = 512  # requests
+    max_waiting_tokens: int = 1 << 20
+    max_model_len: int | None = None  # None = the model's context
+    max_virtual_tokens: int = 512
+    max_choices: int = 64  # n of one request
+    max_logprobs: int = 20
+
+    def num_pages(self, model: Llama) -> int:
+        """Pages that the budget buys. Raises ValueError if it buys no useful number."""
+        page_bytes = KVPages.bytes_per_page(model.config, self.page_size, model.dtype)
+        pages = (self.kv_bytes or self._default_bytes(model.device)) // page_bytes
+        if pages < 8:
+            raise ValueError(
+                f"the KV budget of {self.kv_bytes} bytes holds {pages} pages of {page_bytes} bytes; "
+                f"at least 8 are needed: raise --kv-memory to {8 * page_bytes} bytes or more"
+            )
+        most = self.max_running * -(-(model.config.max_len + self.max_virtual_tokens) // self.page_size)
+        return min(pages, most + 8)
+
+    def context(self, model: Llama, num_pages: int) -> int:
+        """Positions one request may take, so that a lone one always fits: one page is blank, one is a prompt's tail."""
+        return min(model.config.max_len, self.max_model_len or model.config.max_len, (num_pages - 2) * self.page_size)
+
+    @staticmethod
+    def _default_bytes(device: torch.device) -> int:
+        if device.type != "cuda":
+            return CPU_KV_BYTES
+        free, _ = torch.cuda.mem_get_info(device)
+        return int(free * CUDA_KV_SHARE)

@@ -1,0 +1,63 @@
+"""One step on the device: a batch of chunks in, logits out.
+
+Owns the model and its KV pages. Knows no queues, no text and no sampling.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine import stitch
+from engine.attention import KVPages, PagedAttention, Span
+from engine.scheduler import Batch, Chunk
+from llama.model import Llama
+
+
+@dataclass(frozen=True, slots=True)
+class StepOutput:
+    """Logits in fp32: `next` (R, V), a row for each chunk that samples; `scored`, for each chunk whose text is scored,
+    the rows (T, V) of its tokens."""
+
+    next: Tensor
+    scored: list[tuple[Chunk, Tensor]]
+
+
+class Runner:
+    """Carries out batches."""
+
+    def __init__(self, model: Llama, kv: KVPages) -> None:
+        self.model = model
+        self.kv = kv
+
+    @torch.inference_mode()
+    def run(self, batch: Batch) -> StepOutput:
+        """Compute `batch.chunks`, which must stand with their single tokens first."""
+        if batch.fresh:
+            self.kv.blank(batch.fresh)
+        for block, prompt in batch.fills:
+            stitch.fill(self.model, self.kv, prompt, block.pages)
+        if batch.copies:
+            self.kv.copy(batch.copies)
+        chunks = batch.chunks
+        spans = [Span(c.sequence.table, c.sequence.ticket.soft_tokens + c.start, c.end - c.start) for c in chunks]
+        ids = self._tensor([token for c in chunks for token in c.sequence.tokens[c.start : c.end]])
+        positions = self._tensor([at for span in spans for at in range(span.start, span.end)])
+        hidden = self.model(self.model.embed(ids), positions, PagedAttention(self.kv, spans))
+        return self._logits(hidden, chunks, spans)
+
+    def _logits(self, hidden: Tensor, chunks: list[Chunk], spans: list[Span]) -> StepOutput:
+        """Only for the rows that are looked at."""
+        last, scored, at = [], [], 0
+        for chunk, span in zip(chunks, spans, strict=True):
+            if chunk.sequence.scores_text and chunk.start < chunk.sequence.num_text:
+                scored.append((chunk, self.model.logits(hidden[at : at + span.length]).float()))
+            at += span.length
+            if chunk.samples:
+                last.append(at - 1)
+        return StepOutput(self.model.logits(hidden[self._tensor(last)]).float(), scored)
+
+    def _tensor(self, values: list[int]) -> Tensor:
+        return torch.tensor(values, dtype=torch.long, device=self.model.device)

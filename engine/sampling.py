@@ -1,0 +1,147 @@
+"""From logits to tokens.
+
+Pure functions of logits, parameters and a position in a seeded stream: what else is in the batch does not matter. Knows
+no sequences and no text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.request import SamplingParams, TokenLogprob
+
+SHORTLIST = 1024  # candidates looked at before the whole vocabulary is sorted
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """What is needed to choose one token. `tokens` are text then generated; `banned` ids cannot be chosen."""
+
+    params: SamplingParams
+    seed: int
+    index: int  # of the choice
+    tokens: Sequence[int]
+    num_text: int
+    banned: frozenset[int] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampled:
+    token_id: int
+    logprob: TokenLogprob | None
+
+
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
+    """logits (R, V) fp32, changed in place → one token for each row.
+
+    Log-probabilities are of the raw logits. Then penalties, bias and bans; temperature; top_k, top_p, min_p.
+    """
+    raw = {i: logits[i].log_softmax(-1) for i, row in enumerate(rows) if row.params.logprobs is not None}
+    for i, row in enumerate(rows):
+        _adjust(logits[i], row)
+    tokens = logits.argmax(-1).tolist()
+    for i, token in _draw_plain(logits, [i for i, row in enumerate(rows) if _is_plain(row.params)], rows):
+        tokens[i] = token
+    for i, row in enumerate(rows):
+        if row.params.temperature > 0 and not _is_plain(row.params):
+            tokens[i] = _draw_filtered(logits[i] / row.params.temperature, row)
+    return [
+        Sampled(token, told(raw[i], token, row.params.logprobs or 0) if i in raw else None)
+        for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
+    ]
+
+
+def told(logprobs: Tensor, token: int, top: int) -> TokenLogprob:
+    """logprobs (V,) → the token's own beside the `top` best."""
+    best = logprobs.topk(top)
+    return TokenLogprob(
+        token, float(logprobs[token]), tuple(zip(best.indices.tolist(), best.values.tolist(), strict=True))
+    )
+
+
+def uniform(seed: int, index: int, step: int) -> float:
+    """A number in [0, 1) that depends on seed, choice and token position alone."""
+    key = b"".join(part.to_bytes(8, "little") for part in (seed, index, step))
+    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
+
+
+def _noise(row: Row) -> float:
+    return uniform(row.seed, row.index, len(row.tokens) - row.num_text)
+
+
+def _is_plain(params: SamplingParams) -> bool:
+    """Sampled from the whole distribution."""
+    return params.temperature > 0 and params.top_k == 0 and params.top_p >= 1 and params.min_p <= 0
+
+
+def _adjust(logits: Tensor, row: Row) -> None:
+    """Penalties, bias and bans on one row (V,), in place.
+
+    repetition: Keskar et al. 2019, over text and generated tokens; presence and frequency as OpenAI defines them,
+    over generated tokens.
+    """
+    params = row.params
+    if params.repetition_penalty != 1:
+        seen = torch.tensor(sorted(set(row.tokens)), device=logits.device)
+        values = logits[seen]
+        logits[seen] = torch.where(values > 0, values / params.repetition_penalty, values * params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        counts = Counter(row.tokens[row.num_text :])
+        if counts:
+            times = torch.tensor(list(counts.values()), device=logits.device, dtype=logits.dtype)
+            logits[list(counts)] -= params.presence_penalty + params.frequency_penalty * times
+    if params.logit_bias:
+        ids, biases = zip(*params.logit_bias, strict=True)
+        logits[list(ids)] += torch.tensor(biases, device=logits.device, dtype=logits.dtype)
+    if row.banned:
+        logits[sorted(row.banned)] = -math.inf
+
+
+def _draw_plain(logits: Tensor, which: Sequence[int], rows: Sequence[Row]) -> list[tuple[int, int]]:
+    """Rows without filters, all at once: invert the distribution over token ids."""
+    if not which:
+        return []
+    temperatures = torch.tensor([[rows[i].params.temperature] for i in which], device=logits.device)
+    cumulative = (logits[list(which)] / temperatures).softmax(-1).cumsum(-1)
+    noise = torch.tensor([[_noise(rows[i])] for i in which], device=logits.device)
+    tokens = _invert(cumulative, noise)
+    return list(zip(which, tokens.tolist(), strict=True))
+
+
+def _draw_filtered(scaled: Tensor, row: Row) -> int:
+    """One row (V,), temperature applied, under top_k, top_p and min_p, in this order."""
+    params = row.params
+    limit = min(params.top_k or scaled.shape[0], scaled.shape[0])
+    values, ids = scaled.topk(min(limit, SHORTLIST))
+    total = values.logsumexp(-1) if limit <= SHORTLIST else scaled.logsumexp(-1)
+    if limit > SHORTLIST and not _reaches(values, total, params):
+        values, ids = scaled.topk(limit)
+        total = values.logsumexp(-1)
+    probabilities = (values - total).exp()
+    before = probabilities.cumsum(-1) - probabilities
+    keep = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
+    keep[0] = True  # the best one always stays
+    kept = probabilities[keep].cumsum(-1)
+    at = _invert(kept[None], torch.tensor([[_noise(row)]], device=scaled.device))
+    return int(ids[keep][at])
+
+
+def _reaches(values: Tensor, total: Tensor, params: SamplingParams) -> bool:
+    """Whether what top_p and min_p keep lies within the shortlist (only if top_k does not cut behind it)."""
+    if params.top_k:
+        return False
+    probabilities = (values - total).exp()
+    return bool(probabilities.sum() >= params.top_p or probabilities[-1] < params.min_p * probabilities[0])
+
+
+def _invert(cumulative: Tensor, noise: Tensor) -> Tensor:
+    """cumulative (R, C), noise (R, 1) in [0, 1) → the index (R,) whose share of the mass holds the noise."""
+    at = torch.searchsorted(cumulative, noise.to(cumulative.dtype) * cumulative[:, -1:], right=True)
+    return at.clamp_(max=cumulative.shape[1] - 1)[:, 0]

@@ -1,0 +1,48 @@
+"""From a soft prompt to prefix pages: the one place where prompts meet the model.
+
+Both kinds end as the same pages. Knows pages and prompts; knows no requests, no texts, no names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from engine.attention import KVPages, PagedAttention, Span
+from llama.model import Llama
+from llama.rope import rotate
+from prompts_store.prompt import SoftPrompt
+
+
+def mismatch(prompt: SoftPrompt, model: Llama, base: str, max_virtual_tokens: int) -> tuple[str, str] | None:
+    """(code, why) this model cannot serve the prompt, or None."""
+    config, n = model.config, prompt.num_virtual_tokens
+    if prompt.base != base:
+        return "base_model_mismatch", f"the prompt belongs to base {prompt.base}, this model's is {base}"
+    if n > max_virtual_tokens:
+        return "too_many_virtual_tokens", f"the prompt takes {n} positions, this server allows {max_virtual_tokens}"
+    rows, kv = (n, config.hidden_size), (config.num_layers, config.num_kv_heads, n, config.head_dim)
+    expected = rows if prompt.kind == "rows" else kv
+    if prompt.shape != expected:
+        return "hidden_size_mismatch", f"the prompt's shape is {prompt.shape}, this model needs {expected}"
+    if not all(tensor.to(model.dtype).isfinite().all() for tensor in prompt.tensors.values()):
+        return "non_finite", f"the prompt holds values that are not finite in {model.dtype}, which is served here"
+    return None
+
+
+def fill(model: Llama, kv: KVPages, prompt: SoftPrompt, pages: Sequence[int]) -> None:
+    """Compute the KV of positions 0..N-1 into `pages`."""
+    n = prompt.num_virtual_tokens
+    positions = torch.arange(n, device=model.device)
+    if prompt.kind == "rows":
+        rows = prompt.tensors["prompt_embeddings"].to(model.device, model.dtype)
+        model(rows, positions, PagedAttention(kv, [Span(pages, 0, n)]))
+        return
+    keys, values = (prompt.tensors[name].to(model.device, model.dtype) for name in ("keys", "values"))
+    rotation = model.rope.tables(positions)
+    slots = torch.tensor([pages[i // kv.page_size] * kv.page_size + i % kv.page_size for i in range(n)])
+    for layer in range(model.config.num_layers):
+        kv.write(
+            layer, slots.to(model.device), rotate(keys[layer].transpose(0, 1), rotation), values[layer].transpose(0, 1)
+        )
