@@ -18,7 +18,7 @@
     ├── StoreLocked            another process holds the store
     └── SchemaTooNew           the database was written by a newer release
 
-Every error has a stable `code`, a `message` that says what to do, and `field`, the name of the input that is wrong, or None.
+Every error has a stable `code`, a `message` that says what to do, and `field`: the input that is wrong, or None.
 """
 
 from __future__ import annotations

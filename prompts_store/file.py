@@ -1,22 +1,43 @@
-"""The soft prompt file: safetensors with what is needed to use the prompt written beside the rows."""
+"""The soft prompt file: safetensors whose metadata says which model and task the prompt belongs to.
+
+Reads promptstitch files and the plain safetensors of other tools by one strict path (`header.py`), writes one canonical
+form: the same prompt and provenance give the same bytes. Knows no database, no PEFT config and no model.
+"""
 
 from __future__ import annotations
 
+import io
+import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
-from prompts_store.prompt import Bos, SoftPrompt
+import torch
+
+from prompts_store.errors import BadLevel, BadReference, InvalidArtifact
+from prompts_store.header import Header, TensorSpec, read_header
+from prompts_store.level import parse_level
+from prompts_store.prompt import TENSOR_NAMES, Bos, Kind, SoftPrompt
+from prompts_store.reference import check_task, is_digest
+from prompts_store.strict_json import load_object
 
 ServedDtype = Literal["float32", "bfloat16", "float16"]
+FORMAT = "promptstitch.v1"
+MAX_TRAIN_BYTES = 16 * 1024
+_IDENTITY = ("format", "kind", "base", "hidden_size", "bos", "chat_template")
+_PROVENANCE = ("task", "level", "weights", "train", "created")
+_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What a served model and its operator allow. None: not checked.
+    """What a served model and its operator allow; None: not checked. Counts are tokens, layers, heads, elements.
 
-    `dtype` is the dtype that the prompt will be served in: its values must be finite after that cast.
+    `base` is the digest that a file must name, if it names one. `dtype` is the dtype that the prompt will be served
+    in: its values must be finite after that cast, too.
     """
 
     max_bytes: int = 1 << 30
@@ -29,9 +50,16 @@ class Limits:
     dtype: ServedDtype | None = None
 
 
+ANY = Limits()
+
+
 @dataclass(frozen=True, slots=True)
 class Provenance:
-    """Where a prompt comes from; no part of its identity. `train` is the recipe, JSON of at most 16 KiB."""
+    """Where a prompt comes from; no part of its identity.
+
+    `level` it was learned at, `weights` (digest) it was learned through, `train` the recipe (JSON of at most 16 KiB),
+    `created` an ISO 8601 time. Raises InvalidArtifact, naming the field.
+    """
 
     task: str | None = None
     level: str | None = None
@@ -39,28 +67,241 @@ class Provenance:
     train: Mapping[str, Any] | None = None
     created: str | None = None
 
+    def __post_init__(self) -> None:
+        try:
+            if self.task is not None:
+                check_task(self.task)
+            if self.level is not None:
+                parse_level(self.level)
+        except (BadReference, BadLevel) as error:
+            raise _bad("invalid_metadata", error.field or "task", f"is wrong: {error.message}") from None
+        if self.weights is not None and not is_digest(self.weights):
+            raise _bad("invalid_metadata", "weights", "must be sha256: and 64 hex digits")
+        if self.created is not None and not _is_time(self.created):
+            raise _bad("invalid_metadata", "created", "must be an ISO 8601 time")
+        if self.train is not None:
+            _read_train(_train_text(self.train))
+
 
 @dataclass(frozen=True, slots=True)
 class PromptFile:
-    """A prompt with its provenance. `bound`: the file named no base and took the one that it was offered."""
+    """A prompt with its provenance. `bound`: the file named no base and took the one that it was offered.
+
+    Raises InvalidArtifact for a base or chat template that is no digest.
+    """
 
     prompt: SoftPrompt
     provenance: Provenance = Provenance()
     bound: bool = False
 
+    def __post_init__(self) -> None:
+        if not is_digest(self.prompt.base):
+            raise _bad("invalid_metadata", "base", "must be sha256: and 64 hex digits")
+        if self.prompt.chat_template != "none" and not is_digest(self.prompt.chat_template):
+            raise _bad("invalid_metadata", "chat_template", "must be none, or sha256: and 64 hex digits")
+
 
 def read_prompt(
-    source: Path | bytes, limits: Limits = Limits(), *, default_base: str | None = None, bos: Bos | None = None
+    source: Path | bytes, limits: Limits = ANY, *, default_base: str | None = None, bos: Bos | None = None
 ) -> PromptFile:
-    """Raises InvalidArtifact."""
-    raise NotImplementedError
+    """Read a file of any dtype into an fp32 prompt. `default_base` and `bos` count where the file does not say.
+
+    Nothing but the header is read before sizes, shapes and names are found to be right. Raises InvalidArtifact, and
+    OSError for a path that cannot be read.
+    """
+    with _opened(source) as stream:
+        length = stream.seek(0, io.SEEK_END)
+        stream.seek(0)
+        if length > limits.max_bytes:
+            raise InvalidArtifact(
+                "file_too_large", f"the file has {length} bytes, at most {limits.max_bytes} are taken"
+            )
+        header = read_header(stream, length)
+        layout = _Layout.read(header, default_base, bos)
+        layout.check(limits)
+        provenance = _provenance(header.metadata)
+        data = bytearray(header.data_bytes)
+        if stream.readinto(data) != header.data_bytes:
+            raise InvalidArtifact("truncated", "the file became shorter while it was read")
+    tensors = {spec.name: _tensor(spec, data, limits.dtype) for spec in header.tensors}
+    prompt = SoftPrompt(layout.kind, layout.base, tensors, layout.bos, layout.chat_template)
+    return PromptFile(prompt, provenance, bound="base" not in header.metadata)
 
 
 def encode_prompt(file: PromptFile) -> bytes:
-    """The canonical bytes. Raises ValueError."""
-    raise NotImplementedError
+    """The canonical bytes: fp32, sorted keys, header padded to 8 bytes."""
+    prompt, entries, chunks, end = file.prompt, {}, [], 0
+    for name in TENSOR_NAMES[prompt.kind]:
+        chunk = prompt.tensors[name].numpy().astype("<f4", copy=False).tobytes()
+        entries[name] = {"dtype": "F32", "shape": list(prompt.shape), "data_offsets": [end, end + len(chunk)]}
+        chunks.append(chunk)
+        end += len(chunk)
+    header = _json({"__metadata__": _metadata(file), **entries}).encode()
+    header += b" " * (-len(header) % 8)
+    return b"".join((len(header).to_bytes(8, "little"), header, *chunks))
 
 
 def write_prompt(path: Path, file: PromptFile) -> None:
-    """Writes `encode_prompt(file)`. Raises ValueError, OSError."""
-    raise NotImplementedError
+    """Write the canonical bytes. Raises OSError."""
+    path.write_bytes(encode_prompt(file))
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """The identity that a header declares, before a value is read."""
+
+    kind: Kind
+    base: str
+    bos: Bos
+    chat_template: str
+    shape: tuple[int, ...]
+    hidden_size: int | None
+
+    @classmethod
+    def read(cls, header: Header, default_base: str | None, bos: Bos | None) -> _Layout:
+        metadata = header.metadata
+        if unknown := sorted(metadata.keys() - {*_IDENTITY, *_PROVENANCE}):
+            known = ", ".join(_IDENTITY + _PROVENANCE)
+            raise _bad("unknown_field", unknown[0], f"is not known; known are {known}; notes go into train")
+        if metadata.get("format", FORMAT) not in (FORMAT, "pt"):
+            raise _bad("unsupported_format", "format", f"must be {FORMAT} or pt, or left out")
+        kind = _kind(header)
+        shapes = {spec.shape for spec in header.tensors}
+        shape = header.tensors[0].shape
+        if len(shapes) != 1 or len(shape) != (2 if kind == "rows" else 4):
+            want = "(N, H)" if kind == "rows" else "(layers, KV heads, N, D), the same for keys and values"
+            raise InvalidArtifact("shape_mismatch", f"{', '.join(TENSOR_NAMES[kind])}: shape must be {want}", "shape")
+        if len({spec.dtype for spec in header.tensors}) != 1:
+            raise InvalidArtifact("unsupported_dtype", "keys and values must have one dtype", "dtype")
+        base = metadata.get("base", default_base)
+        if base is None:
+            raise _bad("base_unknown", "base", "is missing, and no model is served that the prompt could be bound to")
+        place, hidden_size = _bos(metadata.get("bos"), bos), _hidden_size(metadata, kind, shape)
+        return cls(kind, base, place, metadata.get("chat_template", "none"), shape, hidden_size)
+
+    def check(self, limits: Limits) -> None:
+        """Raises InvalidArtifact where the model that is served could not take it."""
+        if limits.base is not None and self.base != limits.base:
+            raise _bad("base_model_mismatch", "base", f"is {self.base}, the served model's is {limits.base}")
+        tokens = self.shape[0] if self.kind == "rows" else self.shape[2]
+        if limits.max_virtual_tokens is not None and tokens > limits.max_virtual_tokens:
+            message = f"the prompt has {tokens} positions, at most {limits.max_virtual_tokens} are taken"
+            raise InvalidArtifact("too_many_virtual_tokens", message, "shape")
+        if limits.hidden_size is not None and self.hidden_size not in (None, limits.hidden_size):
+            message = f"the prompt is {self.hidden_size} wide, the served model {limits.hidden_size}"
+            raise InvalidArtifact("hidden_size_mismatch", message, "shape")
+        if self.kind == "kv":
+            wanted = (limits.num_layers, limits.num_kv_heads, None, limits.head_dim)
+            if any(want not in (None, has) for want, has in zip(wanted, self.shape, strict=True)):
+                message = f"keys and values are {self.shape}; layers, KV heads, N, D of the served model are {wanted}"
+                raise InvalidArtifact("shape_mismatch", message, "shape")
+
+
+def _opened(source: Path | bytes) -> AbstractContextManager[io.BufferedIOBase]:
+    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+
+
+def _kind(header: Header) -> Kind:
+    names = tuple(sorted(spec.name for spec in header.tensors))
+    found = next((kind for kind, expected in TENSOR_NAMES.items() if names == tuple(sorted(expected))), None)
+    if found is None:
+        raise InvalidArtifact(
+            "unexpected_tensor", f"a prompt holds {dict(TENSOR_NAMES)}, this file {list(names)}", "tensors"
+        )
+    if header.metadata.get("kind", found) != found:
+        raise _bad("kind_mismatch", "kind", f"does not fit the tensors, which are those of a prompt of kind {found}")
+    return found
+
+
+def _bos(written: str | None, asked: Bos | None) -> Bos:
+    known: dict[str, Bos] = {name: name for name in get_args(Bos)}
+    if written is None:
+        return asked or "tokenizer"
+    if written not in known:
+        raise _bad("invalid_metadata", "bos", f"must be one of {', '.join(known)}")
+    if asked not in (None, written):
+        raise _bad("bos_mismatch", "bos", f"is {written}, but {asked} was asked for; leave that out")
+    return known[written]
+
+
+def _hidden_size(metadata: Mapping[str, str], kind: Kind, shape: tuple[int, ...]) -> int | None:
+    written = metadata.get("hidden_size")
+    if written is None:
+        return shape[1] if kind == "rows" else None
+    if not (written.isascii() and written.isdigit() and len(written) <= 9):
+        raise _bad("invalid_metadata", "hidden_size", "must be a number")
+    if kind == "rows" and int(written) != shape[1]:
+        raise _bad("hidden_size_mismatch", "hidden_size", f"is {written}, but the rows are {shape[1]} wide")
+    return int(written)
+
+
+def _provenance(metadata: Mapping[str, str]) -> Provenance:
+    train = metadata.get("train")
+    return Provenance(
+        metadata.get("task"),
+        metadata.get("level"),
+        metadata.get("weights"),
+        None if train is None else _read_train(train),
+        metadata.get("created"),
+    )
+
+
+def _read_train(text: str) -> Mapping[str, Any]:
+    if len(text.encode()) > MAX_TRAIN_BYTES:
+        raise _bad("invalid_metadata", "train", f"has more than {MAX_TRAIN_BYTES} bytes")
+    return load_object(text.encode(), field="train", code="invalid_metadata")
+
+
+def _train_text(train: Mapping[str, Any]) -> str:
+    try:
+        return _json(dict(train))
+    except (TypeError, ValueError) as error:
+        raise _bad("invalid_metadata", "train", f"is no JSON: {error}") from None
+
+
+def _is_time(text: str) -> bool:
+    try:
+        datetime.fromisoformat(text)
+    except ValueError:
+        return False
+    return len(text) <= 40
+
+
+def _tensor(spec: TensorSpec, data: bytearray, served: ServedDtype | None) -> torch.Tensor:
+    """fp32; shares `data` where the file is fp32 already."""
+    dtype = _DTYPES[spec.dtype]
+    count = (spec.stop - spec.start) // dtype.itemsize
+    tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=spec.start).to(torch.float32).view(spec.shape)
+    for cast in (torch.float32, getattr(torch, served or "float32")):
+        finite = torch.isfinite(tensor.to(cast))
+        if not finite.all():
+            where = (~finite).nonzero()[0].tolist()
+            message = f"{spec.name}{where} is not finite as {str(cast).removeprefix('torch.')}"
+            raise InvalidArtifact("non_finite", message, spec.name)
+    return tensor
+
+
+def _metadata(file: PromptFile) -> dict[str, str]:
+    prompt, origin = file.prompt, file.provenance
+    values = {
+        "format": FORMAT,
+        "kind": prompt.kind,
+        "base": prompt.base,
+        "hidden_size": None if prompt.hidden_size is None else str(prompt.hidden_size),
+        "bos": prompt.bos,
+        "chat_template": prompt.chat_template,
+        "task": origin.task,
+        "level": origin.level,
+        "weights": origin.weights,
+        "train": None if origin.train is None else _train_text(origin.train),
+        "created": origin.created,
+    }
+    return {key: value for key, value in values.items() if value is not None}
+
+
+def _json(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
+def _bad(code: str, key: str, what: str) -> InvalidArtifact:
+    return InvalidArtifact(code, f"metadata {key[:64]!a} {what}", key[:64])

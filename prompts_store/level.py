@@ -22,8 +22,8 @@ SCALE_BITS = 16  # one fp16 scale for each group
 NAMED_BITS = {"int8": 8.0, "nf4": 4.5}  # nf4: 4 bit and an fp32 absmax for 64 weights
 _GROUPED = re.compile(r"w0*([2-8])(?:g0*([1-9][0-9]{0,4}))?")
 _SPARSE = re.compile(r"s(?:0*([1-9]?[0-9])|(2of4))")
-_SPELLINGS = {"fp32": "dense", "fp16": "dense", "bf16": "dense", "float32": "dense", "float16": "dense",
-              "bfloat16": "dense", "none": "dense", "llm.int8": "int8", "8bit": "int8", "2:4": "s2of4", "2of4": "s2of4"}  # fmt: skip
+_SPELLINGS = dict.fromkeys(("fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "none"), "dense")
+_SPELLINGS |= {"llm.int8": "int8", "2:4": "s2of4", "2of4": "s2of4"}
 _EXAMPLES = "dense, int8, nf4, w4g128, w3g64, s50, w4g128-s50, w4g128-s2of4"
 
 

@@ -153,8 +153,7 @@ class AuditEntry:
 
 @dataclass(frozen=True, slots=True)
 class StoreStats:
-    """Live content of the namespace in `tasks`, `versions`, `blob_bytes` (each blob once); the rest are counters since the
-    store was opened."""
+    """Live content: `tasks`, `versions`, `blob_bytes` (each blob once). The rest counts since the store was opened."""
 
     tasks: int
     versions: int
