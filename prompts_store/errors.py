@@ -131,6 +131,7 @@ class CorruptBlob(StoreError):
     def __init__(self, digest: str, why: str) -> None:
         super().__init__(f"the stored bytes of {digest} {why}; they are not served. Upload the prompt again.")
         self.digest = digest
+        self.why = why
 
 
 class StorageFull(StoreError):

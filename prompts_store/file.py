@@ -7,28 +7,25 @@ form: the same prompt and provenance give the same bytes. Knows no database, no 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
-from datetime import datetime
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 
-from prompts_store.errors import BadLevel, BadReference, InvalidArtifact
+from prompts_store.errors import InvalidArtifact
 from prompts_store.header import Header, TensorSpec, read_header
-from prompts_store.level import parse_level
 from prompts_store.prompt import TENSOR_NAMES, Bos, Kind, SoftPrompt
-from prompts_store.reference import check_task, is_digest
-from prompts_store.strict_json import load_object
+from prompts_store.provenance import FIELDS, bad_metadata
+from prompts_store.provenance import Provenance as Provenance
+from prompts_store.reference import is_digest
+from prompts_store.strict_json import dump
 
 ServedDtype = Literal["float32", "bfloat16", "float16"]
 FORMAT = "promptstitch.v1"
-MAX_TRAIN_BYTES = 16 * 1024
 _IDENTITY = ("format", "kind", "base", "hidden_size", "bos", "chat_template")
-_PROVENANCE = ("task", "level", "weights", "train", "created")
 _DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -54,36 +51,6 @@ ANY = Limits()
 
 
 @dataclass(frozen=True, slots=True)
-class Provenance:
-    """Where a prompt comes from; no part of its identity.
-
-    `level` it was learned at, `weights` (digest) it was learned through, `train` the recipe (JSON of at most 16 KiB),
-    `created` an ISO 8601 time. Raises InvalidArtifact, naming the field.
-    """
-
-    task: str | None = None
-    level: str | None = None
-    weights: str | None = None
-    train: Mapping[str, Any] | None = None
-    created: str | None = None
-
-    def __post_init__(self) -> None:
-        try:
-            if self.task is not None:
-                check_task(self.task)
-            if self.level is not None:
-                parse_level(self.level)
-        except (BadReference, BadLevel) as error:
-            raise _bad("invalid_metadata", error.field or "task", f"is wrong: {error.message}") from None
-        if self.weights is not None and not is_digest(self.weights):
-            raise _bad("invalid_metadata", "weights", "must be sha256: and 64 hex digits")
-        if self.created is not None and not _is_time(self.created):
-            raise _bad("invalid_metadata", "created", "must be an ISO 8601 time")
-        if self.train is not None:
-            _read_train(_train_text(self.train))
-
-
-@dataclass(frozen=True, slots=True)
 class PromptFile:
     """A prompt with its provenance. `bound`: the file named no base and took the one that it was offered.
 
@@ -91,14 +58,14 @@ class PromptFile:
     """
 
     prompt: SoftPrompt
-    provenance: Provenance = Provenance()
+    provenance: Provenance = field(default_factory=Provenance)
     bound: bool = False
 
     def __post_init__(self) -> None:
         if not is_digest(self.prompt.base):
-            raise _bad("invalid_metadata", "base", "must be sha256: and 64 hex digits")
+            raise bad_metadata("invalid_metadata", "base", "must be sha256: and 64 hex digits")
         if self.prompt.chat_template != "none" and not is_digest(self.prompt.chat_template):
-            raise _bad("invalid_metadata", "chat_template", "must be none, or sha256: and 64 hex digits")
+            raise bad_metadata("invalid_metadata", "chat_template", "must be none, or sha256: and 64 hex digits")
 
 
 def read_prompt(
@@ -119,7 +86,7 @@ def read_prompt(
         header = read_header(stream, length)
         layout = _Layout.read(header, default_base, bos)
         layout.check(limits)
-        provenance = _provenance(header.metadata)
+        provenance = Provenance.read(header.metadata)
         data = bytearray(header.data_bytes)
         if stream.readinto(data) != header.data_bytes:
             raise InvalidArtifact("truncated", "the file became shorter while it was read")
@@ -136,7 +103,7 @@ def encode_prompt(file: PromptFile) -> bytes:
         entries[name] = {"dtype": "F32", "shape": list(prompt.shape), "data_offsets": [end, end + len(chunk)]}
         chunks.append(chunk)
         end += len(chunk)
-    header = _json({"__metadata__": _metadata(file), **entries}).encode()
+    header = dump({"__metadata__": _metadata(file), **entries}).encode()
     header += b" " * (-len(header) % 8)
     return b"".join((len(header).to_bytes(8, "little"), header, *chunks))
 
@@ -160,11 +127,11 @@ class _Layout:
     @classmethod
     def read(cls, header: Header, default_base: str | None, bos: Bos | None) -> _Layout:
         metadata = header.metadata
-        if unknown := sorted(metadata.keys() - {*_IDENTITY, *_PROVENANCE}):
-            known = ", ".join(_IDENTITY + _PROVENANCE)
-            raise _bad("unknown_field", unknown[0], f"is not known; known are {known}; notes go into train")
+        if unknown := sorted(metadata.keys() - {*_IDENTITY, *FIELDS}):
+            known = ", ".join(_IDENTITY + FIELDS)
+            raise bad_metadata("unknown_field", unknown[0], f"is not known; known are {known}; notes go into train")
         if metadata.get("format", FORMAT) not in (FORMAT, "pt"):
-            raise _bad("unsupported_format", "format", f"must be {FORMAT} or pt, or left out")
+            raise bad_metadata("unsupported_format", "format", f"must be {FORMAT} or pt, or left out")
         kind = _kind(header)
         shapes = {spec.shape for spec in header.tensors}
         shape = header.tensors[0].shape
@@ -175,14 +142,14 @@ class _Layout:
             raise InvalidArtifact("unsupported_dtype", "keys and values must have one dtype", "dtype")
         base = metadata.get("base", default_base)
         if base is None:
-            raise _bad("base_unknown", "base", "is missing, and no model is served that the prompt could be bound to")
+            raise bad_metadata("base_unknown", "base", "is missing, and there is no model to bind the prompt to")
         place, hidden_size = _bos(metadata.get("bos"), bos), _hidden_size(metadata, kind, shape)
         return cls(kind, base, place, metadata.get("chat_template", "none"), shape, hidden_size)
 
     def check(self, limits: Limits) -> None:
         """Raises InvalidArtifact where the model that is served could not take it."""
         if limits.base is not None and self.base != limits.base:
-            raise _bad("base_model_mismatch", "base", f"is {self.base}, the served model's is {limits.base}")
+            raise bad_metadata("base_model_mismatch", "base", f"is {self.base}, the served model's is {limits.base}")
         tokens = self.shape[0] if self.kind == "rows" else self.shape[2]
         if limits.max_virtual_tokens is not None and tokens > limits.max_virtual_tokens:
             message = f"the prompt has {tokens} positions, at most {limits.max_virtual_tokens} are taken"
@@ -209,7 +176,7 @@ def _kind(header: Header) -> Kind:
             "unexpected_tensor", f"a prompt holds {dict(TENSOR_NAMES)}, this file {list(names)}", "tensors"
         )
     if header.metadata.get("kind", found) != found:
-        raise _bad("kind_mismatch", "kind", f"does not fit the tensors, which are those of a prompt of kind {found}")
+        raise bad_metadata("kind_mismatch", "kind", f"does not fit the tensors, which are those of kind {found}")
     return found
 
 
@@ -218,9 +185,9 @@ def _bos(written: str | None, asked: Bos | None) -> Bos:
     if written is None:
         return asked or "tokenizer"
     if written not in known:
-        raise _bad("invalid_metadata", "bos", f"must be one of {', '.join(known)}")
+        raise bad_metadata("invalid_metadata", "bos", f"must be one of {', '.join(known)}")
     if asked not in (None, written):
-        raise _bad("bos_mismatch", "bos", f"is {written}, but {asked} was asked for; leave that out")
+        raise bad_metadata("bos_mismatch", "bos", f"is {written}, but {asked} was asked for; leave that out")
     return known[written]
 
 
@@ -229,42 +196,10 @@ def _hidden_size(metadata: Mapping[str, str], kind: Kind, shape: tuple[int, ...]
     if written is None:
         return shape[1] if kind == "rows" else None
     if not (written.isascii() and written.isdigit() and len(written) <= 9):
-        raise _bad("invalid_metadata", "hidden_size", "must be a number")
+        raise bad_metadata("invalid_metadata", "hidden_size", "must be a number")
     if kind == "rows" and int(written) != shape[1]:
-        raise _bad("hidden_size_mismatch", "hidden_size", f"is {written}, but the rows are {shape[1]} wide")
+        raise bad_metadata("hidden_size_mismatch", "hidden_size", f"is {written}, but the rows are {shape[1]} wide")
     return int(written)
-
-
-def _provenance(metadata: Mapping[str, str]) -> Provenance:
-    train = metadata.get("train")
-    return Provenance(
-        metadata.get("task"),
-        metadata.get("level"),
-        metadata.get("weights"),
-        None if train is None else _read_train(train),
-        metadata.get("created"),
-    )
-
-
-def _read_train(text: str) -> Mapping[str, Any]:
-    if len(text.encode()) > MAX_TRAIN_BYTES:
-        raise _bad("invalid_metadata", "train", f"has more than {MAX_TRAIN_BYTES} bytes")
-    return load_object(text.encode(), field="train", code="invalid_metadata")
-
-
-def _train_text(train: Mapping[str, Any]) -> str:
-    try:
-        return _json(dict(train))
-    except (TypeError, ValueError) as error:
-        raise _bad("invalid_metadata", "train", f"is no JSON: {error}") from None
-
-
-def _is_time(text: str) -> bool:
-    try:
-        datetime.fromisoformat(text)
-    except ValueError:
-        return False
-    return len(text) <= 40
 
 
 def _tensor(spec: TensorSpec, data: bytearray, served: ServedDtype | None) -> torch.Tensor:
@@ -282,26 +217,13 @@ def _tensor(spec: TensorSpec, data: bytearray, served: ServedDtype | None) -> to
 
 
 def _metadata(file: PromptFile) -> dict[str, str]:
-    prompt, origin = file.prompt, file.provenance
-    values = {
+    prompt = file.prompt
+    identity = {
         "format": FORMAT,
         "kind": prompt.kind,
         "base": prompt.base,
-        "hidden_size": None if prompt.hidden_size is None else str(prompt.hidden_size),
         "bos": prompt.bos,
         "chat_template": prompt.chat_template,
-        "task": origin.task,
-        "level": origin.level,
-        "weights": origin.weights,
-        "train": None if origin.train is None else _train_text(origin.train),
-        "created": origin.created,
     }
-    return {key: value for key, value in values.items() if value is not None}
-
-
-def _json(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
-
-
-def _bad(code: str, key: str, what: str) -> InvalidArtifact:
-    return InvalidArtifact(code, f"metadata {key[:64]!a} {what}", key[:64])
+    width = {} if prompt.hidden_size is None else {"hidden_size": str(prompt.hidden_size)}
+    return {**identity, **width, **file.provenance.metadata()}

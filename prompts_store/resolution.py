@@ -71,7 +71,7 @@ class AliasTarget:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A perplexity measured on the served level. `order` grows with time: of one version and data set the later counts."""
+    """A perplexity measured on the served level; of one version and data set the highest `order` counts."""
 
     version: int
     value: float

@@ -1,212 +1,248 @@
-"""The registry: soft prompts by task and version in a database and a blob store."""
+"""The registry: soft prompts by (base, task, level), in a database and a blob store.
+
+What crosses both is here: a push writes the bytes first and then the row, a delete the row first and then the bytes, so
+that a crash leaves bytes too many and never one too few; opening the store removes those. Knows no model and no HTTP.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
-from typing import Literal
 
-from prompts_store.file import PromptFile
+from sqlalchemy import URL, func, select
+
+from prompts_store import catalogue
+from prompts_store.aliases import Aliases, names_of
+from prompts_store.audit import AuditLog
+from prompts_store.blobs import Blobs, LocalBlobs
+from prompts_store.database import Clock, Database, utc_now
+from prompts_store.errors import Conflict, CorruptBlob, Gone, InvalidArtifact, NotFound, StoreError
+from prompts_store.file import PromptFile, Provenance, encode_prompt, read_prompt
+from prompts_store.idempotency import Idempotency
+from prompts_store.keys import ApiKeys
+from prompts_store.level import parse_level
+from prompts_store.measurements import Measurements
 from prompts_store.prompt import SoftPrompt
-from prompts_store.records import (
-    LOCAL,
-    Actor,
-    Alias,
-    ApiKey,
-    AuditEntry,
-    Measurement,
-    Page,
-    RecordedMeasurement,
-    Scope,
-    StoreStats,
-    TaskSummary,
-    Version,
-)
-from prompts_store.resolution import Query, Resolution, Served
+from prompts_store.records import LOCAL, Actor, StoreStats, Version
+from prompts_store.reference import check_task
+from prompts_store.resolution import Query, Resolution, Served, resolve
+from prompts_store.tables import PromptRow, VersionRow
+from prompts_store.versions import Versions, as_version, find_live, live_row, next_number
 
-
-class Versions:
-    def get(self, task: str, version: int) -> Version:
-        """A live version. Raises NotFound, Gone."""
-        raise NotImplementedError
-
-    def list(
-        self,
-        task: str,
-        *,
-        limit: int = 100,
-        after: str | None = None,
-        level: str | None = None,
-        base: str | None = None,
-    ) -> Page[Version]:
-        """Live versions, oldest first; `after` is a version number. Raises NotFound for a task never seen."""
-        raise NotImplementedError
-
-    def tasks(
-        self, *, limit: int = 100, after: str | None = None, level: str | None = None, base: str | None = None
-    ) -> Page[TaskSummary]:
-        """Tasks with live versions, by name; `after` is a task name."""
-        raise NotImplementedError
-
-
-class Aliases:
-    def get(self, task: str, name: str, *, base: str, level: str) -> Alias:
-        """Raises NotFound."""
-        raise NotImplementedError
-
-    def list(
-        self,
-        task: str | None = None,
-        *,
-        limit: int = 100,
-        after: str | None = None,
-        base: str | None = None,
-        level: str | None = None,
-    ) -> Page[Alias]: ...
-
-    def put(
-        self, task: str, name: str, version: int, *, expected: str | None = None, by: Actor = LOCAL
-    ) -> tuple[Alias, bool]:
-        """Point the alias, at the version's base and level, to the version; True: it is new.
-
-        `expected`: the revision that it is moved from, or "*" for any. The version it points to already needs none.
-        Raises NotFound, Gone, PreconditionRequired, PreconditionFailed.
-        """
-        raise NotImplementedError
-
-    def delete(
-        self, task: str, name: str, *, base: str, level: str, expected: str | None = None, by: Actor = LOCAL
-    ) -> None:
-        """Raises NotFound, PreconditionFailed."""
-
-
-class Measurements:
-    def add(self, task: str, version: int, measurement: Measurement, *, by: Actor = LOCAL) -> RecordedMeasurement:
-        """Raises BadMeasurement, BadLevel, NotFound, Gone."""
-        raise NotImplementedError
-
-    def list(self, task: str, version: int, *, limit: int = 100, after: str | None = None) -> Page[RecordedMeasurement]:
-        """Oldest first; `after` is an id. Raises NotFound, Gone."""
-        raise NotImplementedError
-
-
-class ApiKeys:
-    def create(self, name: str, scopes: frozenset[Scope], *, by: Actor = LOCAL) -> tuple[ApiKey, str]:
-        """The key and its secret (`ps_…`), which is told this once. Raises BadKey."""
-        raise NotImplementedError
-
-    def list(self, *, limit: int = 100, after: str | None = None) -> Page[ApiKey]: ...
-    def revoke(self, key_id: str, *, by: Actor = LOCAL) -> None:
-        """Raises NotFound."""
-
-    def lookup(self, secret: str) -> ApiKey | None:
-        """The live key of this secret, of whatever namespace, or None."""
-        raise NotImplementedError
-
-    def any(self) -> bool:
-        """Whether a live key exists."""
-        raise NotImplementedError
-
-
-@dataclass(frozen=True, slots=True)
-class Begun:
-    """`replay` carries the first answer's status and body."""
-
-    state: Literal["new", "replay", "in_progress", "mismatch"]
-    status: int | None = None
-    body: str | None = None
-
-
-class Idempotency:
-    def begin(self, key: str, fingerprint: str) -> Begun:
-        """Claim `key` (at most 512 characters) for a request whose body has this fingerprint."""
-        raise NotImplementedError
-
-    def complete(self, key: str, status: int, body: str) -> None:
-        """Remember the answer for 24 h."""
-
-    def forget(self, key: str) -> None:
-        """Let the key be tried again: the request failed on our side."""
-
-
-class AuditLog:
-    def list(self, *, limit: int = 100, after: str | None = None) -> Page[AuditEntry]:
-        """Oldest first; `after` is an id."""
-        raise NotImplementedError
+SEEDER = Actor("seed")
+_LIVE = PromptRow.versions.any(VersionRow.live == 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """`version` is None exactly where resolution.how is "none"."""
+    """`version` is None exactly where `resolution.how` is "none"."""
 
     version: Version | None
     resolution: Resolution
 
 
 class PromptStore:
-    versions: Versions
-    aliases: Aliases
-    measurements: Measurements
-    keys: ApiKeys
-    idempotency: Idempotency
-    audit: AuditLog
-    namespace: str
+    """One namespace of a registry. Thread-safe; every change is durable when its call returns.
+
+    The parts: `versions`, `aliases`, `measurements`, `keys`, `idempotency`, `audit`.
+    """
+
+    def __init__(self, database: Database, blobs: Blobs, namespace: str = "default", clock: Clock = utc_now) -> None:
+        """`blobs` is held by this process alone and `database` is migrated. Removes what a crash left behind."""
+        self.namespace = namespace
+        self.versions = Versions(database, namespace, clock)
+        self.aliases = Aliases(database, namespace, clock)
+        self.measurements = Measurements(database, namespace, clock)
+        self.keys = ApiKeys(database, namespace, clock)
+        self.idempotency = Idempotency(database, namespace, clock)
+        self.audit = AuditLog(database, namespace, clock)
+        self._database = database
+        self._blobs = blobs
+        self._counting = threading.Lock()
+        self._integrity_failures = 0
+        self.idempotency.recover()
+        with database.read() as session:
+            needed = set(session.scalars(select(PromptRow.blob).where(_LIVE)))
+        self._orphans_removed = blobs.sweep(needed)
 
     @classmethod
     def open(
-        cls,
-        location: str | Path,
-        *,
-        blobs: Path | None = None,
-        namespace: str = "default",
-        clock: Callable[[], datetime] | None = None,
+        cls, location: str | Path, *, blobs: Path | None = None, namespace: str = "default", clock: Clock = utc_now
     ) -> PromptStore:
-        """`location`: a directory, or an SQLAlchemy URL with a `blobs` directory beside it.
+        """`location` is a directory, made where it is missing, or an SQLAlchemy URL with a `blobs` directory beside it.
 
-        Raises StoreLocked, SchemaTooNew, StorageFull.
+        Raises StoreLocked, SchemaTooNew, StorageFull; ValueError for a URL without `blobs`.
         """
-        raise NotImplementedError
+        url: str | URL
+        if "://" in str(location):
+            if blobs is None:
+                raise ValueError("a store at a database URL needs a directory for its blobs, too")
+            url = str(location)
+        else:
+            url = URL.create("sqlite", database=str(Path(location) / "store.db"))
+            blobs = blobs or Path(location) / "blobs"
+        held = LocalBlobs(blobs)  # first, because its lock is the whole store's
+        try:
+            database = Database(url)
+            database.migrate()
+            return cls(database, held, namespace, clock)
+        except BaseException:
+            held.close()
+            raise
 
     def push(self, file: PromptFile, task: str, level: str | None = None, *, by: Actor = LOCAL) -> tuple[Version, bool]:
-        """Durable on return. True: a new version; False: this (task, level, digest) already is one.
+        """True: a new version; False: this prompt is a version of (task, level) already, and that one is returned.
 
-        `level` is used where the file names none. Raises InvalidArtifact, BadReference, BadLevel, StorageFull.
+        `level` counts where the file names none. Raises InvalidArtifact, BadReference, BadLevel, StorageFull.
         """
-        raise NotImplementedError
+        check_task(task)
+        level = _agreed_level(file, level)
+        prompt, origin = file.prompt, file.provenance
+        data = encode_prompt(PromptFile(prompt))
+        with self._database.write() as session:  # held over both, so that no delete takes the bytes away in between
+            blob = self._blobs.put(data)  # also where the version exists: it heals damaged bytes
+            if (existing := find_live(session, self.namespace, task, level, prompt.digest)) is not None:
+                return as_version(existing), False
+            session.merge(
+                PromptRow(
+                    namespace=self.namespace,
+                    digest=prompt.digest,
+                    kind=prompt.kind,
+                    base=prompt.base,
+                    shape=list(prompt.shape),
+                    bos=prompt.bos,
+                    chat_template=prompt.chat_template,
+                    blob=blob,
+                    size=len(data),
+                )
+            )
+            session.flush()
+            row = VersionRow(
+                namespace=self.namespace,
+                task=task,
+                version=next_number(session, self.namespace, task),
+                level=level,
+                digest=prompt.digest,
+                live=1,
+                weights=origin.weights,
+                train=None if origin.train is None else dict(origin.train),
+                created=origin.created,
+                uploaded_at=self.versions.now(),
+                uploaded_by=by.name,
+            )
+            session.add(row)
+            self.audit.write(session, by, "version.create", f"{task}@{row.version}", None, prompt.digest)
+            session.refresh(row)
+            return as_version(row), True
 
     def delete(self, task: str, version: int, *, by: Actor = LOCAL) -> None:
-        """Tombstone. Raises NotFound (also if deleted already), Conflict while an alias points to it."""
-        raise NotImplementedError
+        """Leave a tombstone; the bytes go with the last version that has them.
+
+        Raises NotFound, for a tombstone too; Conflict while an alias points to the version; StorageFull.
+        """
+        with self._database.exclusive():
+            with self._database.write() as session:
+                try:
+                    row = live_row(session, self.namespace, task, version)
+                except Gone:
+                    raise NotFound("version", f"{task}@{version} was deleted already") from None
+                if names := names_of(session, self.namespace, task, version):
+                    message = f"{task}@{version} is what alias {', '.join(names)} points to; move or delete that first"
+                    raise Conflict("version_aliased", message)
+                row.live, row.deleted_at = None, self.versions.now()
+                self.audit.write(session, by, "version.delete", f"{task}@{version}", row.digest, None)
+                blob = row.prompt.blob
+                needed = (
+                    session.scalars(select(PromptRow.blob).where(PromptRow.blob == blob, _LIVE)).first() is not None
+                )
+            if not needed:
+                with contextlib.suppress(StoreError, OSError):  # the version is gone; the next start removes the rest
+                    self._blobs.remove(blob)
 
     def load(self, digest: str) -> SoftPrompt:
-        """The prompt of a live version, verified. Raises NotFound, Gone, CorruptBlob."""
-        raise NotImplementedError
+        """The prompt of a live version; its digest is computed anew. Raises NotFound, Gone, CorruptBlob."""
+        with self._database.read() as session:
+            stored = select(PromptRow.blob, _LIVE).where(PromptRow.namespace == self.namespace)
+            row = session.execute(stored.where(PromptRow.digest == digest)).one_or_none()
+        if row is None:
+            raise NotFound("prompt", f"there is no prompt {digest[:71]!a}")
+        blob, live = row
+        if not live:
+            raise Gone(f"every version of {digest} was deleted")
+        try:
+            prompt = read_prompt(self._blobs.get(blob)).prompt
+            if prompt.digest != digest:
+                raise CorruptBlob(digest, f"are those of {prompt.digest}")
+        except (CorruptBlob, InvalidArtifact) as error:
+            with self._counting:
+                self._integrity_failures += 1
+            raise CorruptBlob(digest, getattr(error, "why", f"do not parse: {error.message}")) from error
+        return prompt
 
     def content(self, task: str, version: int) -> bytes:
-        """The version as a file, provenance included; canonical. Raises NotFound, Gone, CorruptBlob."""
-        raise NotImplementedError
+        """A live version as a prompt file, provenance included; canonical. Raises NotFound, Gone, CorruptBlob."""
+        found = self.versions.get(task, version)
+        origin = Provenance(found.task, found.level, found.weights, found.train, found.created)
+        return encode_prompt(PromptFile(self.load(found.digest), origin))
 
     def resolve(self, query: Query, served: Served) -> Resolved:
-        """Raises NotFound, Unresolved, Gone, WrongBase, BadLevel."""
-        raise NotImplementedError
+        """By the rules of `resolution.py`. Raises NotFound, Unresolved, Gone, WrongBase, BadLevel."""
+        task = query.reference.task
+        with self._database.read() as session:
+            resolution = resolve(
+                query,
+                served,
+                catalogue.candidates(session, self.namespace, task),
+                catalogue.alias_targets(session, self.namespace, task),
+                catalogue.scores(session, self.namespace, task, served.level),
+            )
+            if resolution.version is None:
+                return Resolved(None, resolution)
+            return Resolved(as_version(live_row(session, self.namespace, task, resolution.version)), resolution)
 
     def seed(self, file: PromptFile, task: str, level: str | None = None) -> Version | None:
-        """Push into a store that never held a version; None where it did."""
-        raise NotImplementedError
+        """Push into a store that never held a version; None where it did. Raises what `push` raises."""
+        with self._database.exclusive():
+            with self._database.read() as session:
+                if session.scalars(select(VersionRow.version).limit(1)).first() is not None:
+                    return None
+            return self.push(file, task, level, by=SEEDER)[0]
 
     def stats(self) -> StoreStats:
-        raise NotImplementedError
+        counts = select(func.count(VersionRow.task.distinct()), func.count())
+        counts = counts.where(VersionRow.namespace == self.namespace, VersionRow.live == 1)
+        size = select(func.coalesce(func.sum(PromptRow.size), 0)).where(PromptRow.namespace == self.namespace, _LIVE)
+        with self._database.read() as session:
+            tasks, versions = session.execute(counts).one()
+            blob_bytes = session.scalars(size).one()
+        return StoreStats(tasks, versions, int(blob_bytes), self._integrity_failures, self._orphans_removed)
 
     def check(self) -> None:
-        """Raises StoreError if the database does not answer."""
+        """Raises an error if the database does not answer."""
+        with self._database.read() as session:
+            session.execute(select(1))
 
     def close(self) -> None:
-        """Release the lock."""
+        """Let go of the database and the lock."""
+        self._database.close()
+        self._blobs.close()
 
     def __enter__(self) -> PromptStore:
         return self
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+def _agreed_level(file: PromptFile, asked: str | None) -> str:
+    written = file.provenance.level
+    if written is None and asked is None:
+        raise InvalidArtifact("level_unknown", "the file names no level; say which one it was learned at", "level")
+    if written is not None and asked not in (None, written):
+        message = f"the file was learned at level {written}, but {asked} was asked for; leave that out"
+        raise InvalidArtifact("level_mismatch", message, "level")
+    level = written or asked or ""
+    parse_level(level)
+    return level

@@ -17,6 +17,11 @@ MAX_DIGITS = 20
 MAX_DEPTH = 16
 
 
+def dump(value: object) -> str:
+    """The canonical text of a value: keys sorted, no spaces. Raises TypeError, ValueError for what is no JSON."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+
+
 class _Refused(ValueError):
     def __init__(self, code: str, message: str) -> None:
         super().__init__(message)
