@@ -32,7 +32,7 @@ def convert(source: Path, target: Path) -> None:
         raise UnsupportedModel(
             f"{source} is not a GGUF file of a LLaMA that transformers reads: {error}"
         ) from error
-    config = model.config.to_dict()
+    config = model.config.to_diff_dict()
     for inner in ("quantization_config", "_name_or_path", "transformers_version"):
         config.pop(inner, None)
     config["architectures"] = [type(model).__name__]

