@@ -209,6 +209,7 @@ class LocalEngine:
         for ticket, told in events.items():
             self._tell(ticket, told)
 
+    @torch.inference_mode()
     def _compute(self, batch: Batch) -> dict[Ticket, list[Event]]:
         output = self._runner.run(batch)
         finite = output.next.sum(-1).isfinite().tolist()

@@ -32,7 +32,6 @@ class Runner:
         self.model = model
         self.kv = kv
 
-    @torch.inference_mode()
     def run(self, batch: Batch) -> StepOutput:
         """Compute `batch.chunks`, which must stand with their single tokens first."""
         if batch.fresh:

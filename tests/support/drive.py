@@ -71,8 +71,8 @@ def ask(
     namespace: str = "default",
     **sampling: Any,
 ) -> Answer:
-    """Submit one request; greedy unless told otherwise."""
-    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, **sampling})
+    """Submit one request; greedy, and not ended by EOS, unless told otherwise."""
+    params = SamplingParams(**{"temperature": 0.0, "max_tokens": 16, "ignore_eos": True, **sampling})
     request = GenerationRequest(f"t{next(_ids)}", tuple(token_ids), prompt, params, n, timeout, namespace)
     answer = Answer(request)
     engine.submit(request, answer.sink)

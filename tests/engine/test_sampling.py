@@ -1,0 +1,124 @@
+"""Sampling follows its definition, row by row, whatever the rest of the batch."""
+
+import math
+
+import pytest
+import torch
+
+from engine import sampling
+from engine.request import SamplingParams
+from engine.sampling import Row, sample, uniform
+
+
+def row(
+    seed: int = 0, index: int = 0, tokens: list[int] | None = None, num_text: int = 1, banned=frozenset(), **params
+):
+    return Row(SamplingParams(**params), seed, index, tokens or [0], num_text, banned)
+
+
+def logits(*rows: list[float]) -> torch.Tensor:
+    return torch.tensor(rows)
+
+
+def draw(values: list[float], count: int = 4000, **params) -> torch.Tensor:
+    """Frequencies (V,) over `count` positions of one seeded stream."""
+    table = logits(values).repeat(count, 1)
+    rows = [row(tokens=[0] * (1 + i), **params) for i in range(count)]
+    tokens = torch.tensor([choice.token_id for choice in sample(table, rows)])
+    return torch.bincount(tokens, minlength=len(values)) / count
+
+
+def test_greedy_takes_the_best():
+    assert sample(logits([0.0, 3.0, 1.0]), [row(temperature=0.0)])[0].token_id == 1
+
+
+def test_frequencies_follow_the_distribution():
+    values = [1.0, 0.0, -1.0, 2.0]
+    expected = torch.tensor(values).div(0.7).softmax(-1)
+    # 4,000 draws: a deviation of 0.03 is four standard errors
+    assert torch.allclose(draw(values, temperature=0.7), expected, atol=0.03)
+
+
+@pytest.mark.parametrize(
+    ("params", "kept"),
+    [
+        ({"top_k": 2}, {3, 0}),
+        ({"top_p": 0.6}, {3}),
+        ({"top_p": 0.7}, {3, 0}),
+        ({"min_p": 0.2}, {3, 0}),
+        ({"top_k": 3, "top_p": 0.99, "min_p": 0.01}, {3, 0, 1}),
+        ({"top_p": 1e-9}, {3}),
+    ],
+)
+def test_filters_keep_what_they_should(params, kept):
+    values = [1.0, 0.0, -1.0, 2.0]  # probabilities 0.24, 0.09, 0.03, 0.64
+    frequencies = draw(values, **params)
+    assert {i for i, share in enumerate(frequencies) if share > 0} == kept
+    inside = torch.tensor(values)[sorted(kept)].softmax(-1)
+    assert torch.allclose(frequencies[sorted(kept)], inside, atol=0.03)
+
+
+def test_filters_agree_with_a_full_sort_beyond_the_shortlist(monkeypatch):
+    """The shortlist is a short cut: with one of two candidates the same tokens come out."""
+    torch.manual_seed(0)
+    table = torch.randn(64, 300)
+    rows = [
+        row(seed=i, top_p=p, min_p=m, top_k=k)
+        for i in range(16)
+        for p, m, k in ((0.95, 0.0, 0), (1.0, 0.05, 0), (0.5, 0.0, 100), (0.999, 0.001, 0))
+    ]
+    plain = [choice.token_id for choice in sample(table.clone(), rows)]
+    monkeypatch.setattr(sampling, "SHORTLIST", 2)
+    assert [choice.token_id for choice in sample(table.clone(), rows)] == plain
+
+
+def test_a_row_does_not_depend_on_its_neighbours():
+    torch.manual_seed(1)
+    table = torch.randn(6, 500)
+    rows = [
+        row(seed=3),
+        row(temperature=0.0),
+        row(seed=4, top_p=0.9),
+        row(seed=5, index=2, top_k=7, logprobs=3),
+        row(seed=6, repetition_penalty=1.3, tokens=[1, 2, 3]),
+        row(seed=7, tokens=[1, 9, 9], presence_penalty=1.0, frequency_penalty=0.5),
+    ]
+    together = sample(table.clone(), rows)
+    assert [sample(table[i : i + 1].clone(), [r])[0] for i, r in enumerate(rows)] == together
+
+
+def test_noise_depends_on_seed_choice_and_step_alone():
+    assert uniform(1, 0, 5) == uniform(1, 0, 5)
+    assert len({uniform(s, c, t) for s in range(8) for c in range(8) for t in range(8)}) == 512
+    assert 0 <= min(uniform(0, 0, t) for t in range(1000)) < max(uniform(0, 0, t) for t in range(1000)) < 1
+
+
+def test_repetition_penalty_is_the_papers():
+    """Positive logits are divided, negative ones multiplied; text counts as well as what was generated."""
+    table = logits([2.0, -1.0, 1.9, 0.0])
+    chosen = sample(table, [row(temperature=0.0, repetition_penalty=2.0, tokens=[0, 1], num_text=1)])
+    assert chosen[0].token_id == 2
+    assert table[0].tolist() == [1.0, -2.0, pytest.approx(1.9), 0.0]
+
+
+def test_presence_and_frequency_count_generated_tokens_only():
+    table = logits([5.0, 5.0, 5.0])
+    sample(table, [row(temperature=0.0, presence_penalty=1.0, frequency_penalty=0.5, tokens=[0, 1, 1, 2], num_text=1)])
+    assert table[0].tolist() == [5.0, 5.0 - 1 - 1, 5.0 - 1 - 0.5]
+
+
+def test_bias_and_bans():
+    assert sample(logits([0.0, 1.0]), [row(temperature=0.0, logit_bias=((0, 5.0),))])[0].token_id == 0
+    assert sample(logits([9.0, 1.0]), [row(temperature=0.0, banned=frozenset({0}))])[0].token_id == 1
+
+
+def test_logprobs_are_raw():
+    """Before penalties, bias and temperature."""
+    values = torch.tensor([1.0, 0.0, 2.0])
+    expected = values.log_softmax(-1)
+    (choice,) = sample(values[None].clone(), [row(temperature=0.5, seed=1, logprobs=2, logit_bias=((1, 50.0),))])
+    assert choice.token_id == 1
+    assert choice.logprob.logprob == pytest.approx(float(expected[1]))
+    assert [token for token, _ in choice.logprob.top] == [2, 0]
+    assert choice.logprob.top[0][1] == pytest.approx(float(expected[2]))
+    assert math.isclose(sum(math.exp(p) for p in expected.tolist()), 1, rel_tol=1e-5)
