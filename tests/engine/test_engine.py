@@ -13,6 +13,7 @@ from support.exact import teacher_forced
 from engine.api import ContextTooLong, EngineClosed, InvalidRequest, Overloaded
 from engine.request import RequestDone, RequestFailed
 from llama.config import LlamaConfig
+from prompts_store.prompt import SoftPrompt
 
 TEXT = list(b"The quick brown fox jumps over the lazy dog.")
 
@@ -158,7 +159,9 @@ def test_a_failing_step_fails_its_requests_and_nothing_else(make_engine, monkeyp
 
 def test_output_that_is_not_finite_fails_its_own_request(make_engine, reference):
     engine = make_engine()
-    bad = tiny.kv(3, LlamaConfig.from_hf(reference.config.to_dict()), scale=1e37)  # its attention scores overflow
+    shape = tiny.kv(3, LlamaConfig.from_hf(reference.config.to_dict())).shape
+    huge = {name: torch.full(shape, 3e38) for name in ("keys", "values")}
+    bad = SoftPrompt("kv", tiny.BASE, huge)  # finite itself, but not what attention makes of it
     good = ask(engine, TEXT, max_tokens=40)
     assert ask(engine, TEXT, bad, max_tokens=4).wait().last.code == "engine_error"
     expected = teacher_forced(reference, TEXT, good.wait().tokens[0], None).argmax(-1).tolist()
@@ -278,7 +281,7 @@ def test_kv_prompt_in_half_precision_pages_is_close_to_rows_path(make_engine, re
     def heads(out: list[torch.Tensor]) -> torch.Tensor:
         return torch.stack([t[0].view(10, 2, 16).transpose(0, 1) for t in out]).clone().contiguous()
 
-    deep = type(soft)("kv", tiny.BASE, {"keys": heads(keys), "values": heads(values)})
+    deep = SoftPrompt("kv", tiny.BASE, {"keys": heads(keys), "values": heads(values)})
     assert ask(engine, TEXT, deep).wait().tokens == ask(engine, TEXT, soft).wait().tokens
 
 
