@@ -1,0 +1,33 @@
+"""Calls of the registry from the event loop: each in a thread, each timed.
+
+Knows no meaning of a call; the store's errors pass through.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+from starlette.concurrency import run_in_threadpool
+
+from server.metrics import Metrics
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class Registry:
+    """Runs the store's functions where they may block."""
+
+    def __init__(self, metrics: Metrics, backend: str) -> None:
+        self._seconds = metrics.store_duration
+        self._backend = backend
+
+    async def call(self, op: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """`function(*args)`; `op` names it in the metrics."""
+        started = time.monotonic()
+        try:
+            return await run_in_threadpool(function, *args, **kwargs)
+        finally:
+            self._seconds.labels(op, self._backend).observe(time.monotonic() - started)

@@ -1,0 +1,1 @@
+"""The routes, one noun a module: bodies in, answers out. Each has a `router`."""

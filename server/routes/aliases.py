@@ -1,0 +1,97 @@
+"""Aliases: names that move, each against the revision that was read."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Depends, Header, Request
+from starlette.responses import Response
+
+from prompts_store.records import Alias
+from server.auth import caller_of
+from server.bodies import JsonBody
+from server.errors import ApiError
+from server.openapi import Success, operation
+from server.render import Json
+from server.schemas.registry import AliasAnswer, AliasBody, AliasName, LevelFilter, Task, show_alias
+from server.state import services_of
+
+router = APIRouter(tags=["aliases"])
+
+ALIAS = "/v1/prompts/{task}/aliases/{alias}"
+TAG = {"ETag": "the revision, for If-Match"}
+IfMatch = Annotated[str | None, Header(max_length=256, description="the ETag that was read, or *")]
+
+
+@router.get(ALIAS, **operation("prompts:read", {200: Success("the alias", AliasAnswer, TAG)}, 404, 503))
+async def show(request: Request, task: Task, alias: AliasName, level: LevelFilter = None) -> Response:
+    """What the alias points to at this level, the served one if none is given."""
+    services = services_of(request)
+    info = services.host.engine.info
+    found = await services.registry.call(
+        "alias", services.store.aliases.get, task, alias, base=info.base, level=level or info.level
+    )
+    return _answer(found)
+
+
+@router.put(
+    ALIAS,
+    **operation(
+        "prompts:write",
+        {201: Success("a new alias", AliasAnswer, TAG), 200: Success("moved", AliasAnswer, TAG)},
+        *(404, 408, 410, 412, 413, 415, 428, 507),
+    ),
+)
+async def put(
+    request: Request,
+    task: Task,
+    alias: AliasName,
+    body: Annotated[AliasBody, Depends(JsonBody(AliasBody))],
+    if_match: IfMatch = None,
+) -> Response:
+    """Point the alias to a version, at that version's level. Moving it takes `If-Match`."""
+    services = services_of(request)
+    moved, new = await services.registry.call(
+        "alias",
+        services.store.aliases.put,
+        task,
+        alias,
+        body.version,
+        expected=_revision(if_match),
+        by=caller_of(request).actor,
+    )
+    return _answer(moved, 201 if new else 200)
+
+
+@router.delete(ALIAS, **operation("prompts:write", {204: Success("gone")}, 404, 412, 503, 507))
+async def delete(
+    request: Request, task: Task, alias: AliasName, level: LevelFilter = None, if_match: IfMatch = None
+) -> Response:
+    """Take the alias away at this level, the served one if none is given."""
+    services = services_of(request)
+    info = services.host.engine.info
+    await services.registry.call(
+        "alias",
+        services.store.aliases.delete,
+        task,
+        alias,
+        base=info.base,
+        level=level or info.level,
+        expected=_revision(if_match),
+        by=caller_of(request).actor,
+    )
+    return Response(status_code=204)
+
+
+def _answer(alias: Alias, status: int = 200) -> Response:
+    return Json(show_alias(alias), status, {"ETag": f'"{alias.revision}"'})
+
+
+def _revision(if_match: str | None) -> str | None:
+    """The revision of an ETag. Raises ApiError 400 for what is no single strong ETag."""
+    if if_match is None or if_match.strip() == "*":
+        return if_match and "*"
+    tag = if_match.strip()
+    if len(tag) < 3 or tag[0] != '"' or tag[-1] != '"' or '"' in tag[1:-1]:
+        raise ApiError(400, "invalid_value", 'If-Match takes one ETag as it was given, `"…"`, or *', param="If-Match")
+    return tag[1:-1]

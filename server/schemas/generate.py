@@ -1,0 +1,58 @@
+"""`POST /v1/generate`: this server's own way to ask."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import Field, model_validator
+
+from server.schemas.common import MAX_REFERENCE, Answer, Messages, Policy, StitchedPrompt, Text, refuse
+from server.schemas.sampling import SamplingFields
+
+Named = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
+
+
+class GenerateBody(SamplingFields):
+    """`text` or `messages`; `task` or `prompt` names what to stitch in front."""
+
+    text: Text | None = None
+    messages: Messages | None = None
+    task: Named | None = None
+    prompt: Annotated[Named, Field(description="task, task@3, task:alias or task@sha256:…")] | None = None
+    resolution: Policy | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+
+    @model_validator(mode="after")
+    def _check_input(self) -> Self:
+        if (self.text is None) == (self.messages is None):
+            raise refuse("/text", "give the input as text or as messages, one of them")
+        if self.resolution is not None and self.task is None and self.prompt is None:
+            raise refuse("/resolution", "resolution says how to find a task's prompt: name the task, too")
+        return self
+
+
+class GenerateUsage(Answer):
+    text_tokens: int
+    soft_tokens: int
+    completion_tokens: int
+
+
+class GenerateChoice(Answer):
+    index: int
+    text: str
+    finish_reason: Literal["stop", "length"]
+    stop_reason: str | int | None
+    logprobs: dict[str, Any] | None = None
+
+
+class GenerateAnswer(Answer):
+    """`text` and `finish_reason` for one choice, `choices` for several."""
+
+    id: str
+    text: str | None = None
+    finish_reason: Literal["stop", "length"] | None = None
+    stop_reason: str | int | None = None
+    logprobs: dict[str, Any] | None = None
+    choices: list[GenerateChoice] | None = None
+    prompt: StitchedPrompt | None
+    usage: GenerateUsage

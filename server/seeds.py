@@ -1,0 +1,42 @@
+"""The prompts that a new registry starts with. Knows files and the registry, and what the engine can serve."""
+
+from __future__ import annotations
+
+import logging
+
+from engine.api import Engine
+from prompts_store.errors import InvalidArtifact
+from prompts_store.file import read_prompt
+from prompts_store.store import PromptStore
+from server.settings import Settings
+from server.uploads import limits_of
+
+logger = logging.getLogger("promptstitch.server")
+
+
+def seed(store: PromptStore, engine: Engine, settings: Settings) -> None:
+    """Put the seed prompts into a registry that never held one. One of another base is passed over, and said so.
+
+    Raises InvalidArtifact for a file that no server could take.
+    """
+    if store.stats().versions:
+        return
+    fresh = False
+    for path in settings.seed_prompts:
+        try:
+            file = read_prompt(path, limits_of(engine.info, settings))
+        except InvalidArtifact as error:
+            if error.code != "base_model_mismatch":
+                raise
+            logger.warning("seed prompt %s is for another base model and is left out", path.name)
+            continue
+        task = file.provenance.task
+        if task is None:
+            raise InvalidArtifact("task_unknown", f"seed prompt {path.name} names no task", "task")
+        if not fresh:
+            fresh = store.seed(file, task) is not None
+            if not fresh:
+                return
+        else:
+            store.push(file, task)
+        logger.info("seeded task %s from %s", task, path.name)

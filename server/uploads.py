@@ -1,0 +1,188 @@
+"""An uploaded prompt on its way to the registry: to disk under a cap, hashed as it comes, then read strictly.
+
+Nothing of it is in memory whole before its header has been judged. Knows no database.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import errno
+import hashlib
+import re
+import shutil
+import tempfile
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from fastapi import Request
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from engine.api import Engine, EngineInfo, InvalidRequest
+from prompts_store.errors import InvalidArtifact, StorageFull
+from prompts_store.file import Limits, PromptFile, ServedDtype, read_prompt
+from prompts_store.peft import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, read_peft
+from prompts_store.prompt import Bos
+from server.bodies import chunks, media_type
+from server.errors import ApiError
+from server.settings import Settings
+
+WRITE_BYTES = 1 << 20  # written at once, in a thread
+RAW_TYPES = ("application/octet-stream", "")
+MULTIPART = "multipart/form-data"
+_SHA256 = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):")
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+
+
+@dataclass(frozen=True, slots=True)
+class Upload:
+    """What came: a prompt's file, with its config if it is an adapter. `sha256` and `size` are the body's."""
+
+    weights: Path
+    config: Path | None
+    sha256: str
+    size: int
+
+    def read(self, engine: Engine, settings: Settings, bos: Bos | None) -> PromptFile:
+        """The prompt, if this engine can serve it. Blocks. Raises InvalidArtifact."""
+        info = engine.info
+        limits = limits_of(info, settings)
+        if self.config is None:
+            file = read_prompt(self.weights, limits, default_base=info.base, bos=bos)
+        else:
+            file = read_peft(self.config.read_bytes(), self.weights, limits, default_base=info.base, bos=bos)
+        try:
+            engine.check_prompt(file.prompt)
+        except InvalidRequest as error:
+            raise InvalidArtifact(error.code, str(error), error.field) from error
+        return file
+
+
+def limits_of(info: EngineInfo, settings: Settings) -> Limits:
+    """What a prompt must be to be served."""
+    return Limits(
+        max_bytes=settings.max_upload,
+        max_virtual_tokens=info.max_virtual_tokens,
+        base=info.base,
+        hidden_size=info.hidden_size,
+        num_layers=info.num_layers,
+        num_kv_heads=info.num_kv_heads,
+        head_dim=info.head_dim,
+        dtype=cast(ServedDtype, info.dtype),
+    )
+
+
+@asynccontextmanager
+async def received(request: Request, settings: Settings) -> AsyncIterator[Upload]:
+    """The body on disk, until the context is left. Raises ApiError 400, 408, 413, 415, 422; StorageFull."""
+    kind = media_type(request)
+    if kind not in (*RAW_TYPES, MULTIPART):
+        message = f"send a prompt as application/octet-stream, or an adapter as {MULTIPART}"
+        raise ApiError(415, "unsupported_format", message, param="Content-Type")
+    expected = _content_digest(request.headers.get("content-digest"))
+    body = _Hashed(chunks(request, settings.max_upload, settings.receipt_timeout))
+    try:
+        with tempfile.TemporaryDirectory(prefix="promptstitch-upload-") as name:
+            folder = Path(name)
+            config = None
+            if kind == MULTIPART:
+                config = await _save_parts(request, body, folder)
+            else:
+                await _save(body, folder / WEIGHTS_NAME)
+            if expected is not None and expected != body.sha256.digest():
+                raise ApiError(
+                    422, "digest_mismatch", "the body is not what Content-Digest says", param="Content-Digest"
+                )
+            yield Upload(folder / WEIGHTS_NAME, config, body.sha256.hexdigest(), body.size)
+    except OSError as error:
+        if error.errno in _DISK_FULL:
+            raise StorageFull("no room for an upload on this server's disk") from error
+        raise
+
+
+class _Hashed:
+    """A stream of chunks that is hashed and counted on the way."""
+
+    def __init__(self, source: AsyncIterator[bytes]) -> None:
+        self._source = source
+        self.sha256 = hashlib.sha256()
+        self.size = 0
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for chunk in self._source:
+            self.sha256.update(chunk)
+            self.size += len(chunk)
+            yield chunk
+
+
+async def _save(body: _Hashed, path: Path) -> None:
+    with path.open("wb") as file:
+        pending = bytearray()
+        async for chunk in body:
+            pending += chunk
+            if len(pending) >= WRITE_BYTES:
+                await run_in_threadpool(file.write, bytes(pending))
+                pending.clear()
+        await run_in_threadpool(file.write, bytes(pending))
+
+
+async def _save_parts(request: Request, body: _Hashed, folder: Path) -> Path:
+    """The two parts of an adapter, named by their file names; gives the config's path."""
+    stream = cast(Any, body.__aiter__())
+    parser = MultiPartParser(request.headers, stream, max_files=2, max_fields=0)
+    try:
+        form = await parser.parse()
+    except (MultiPartException, KeyError) as error:
+        reason = getattr(error, "message", "no boundary")
+        raise ApiError(400, "invalid_multipart", f"the body is no {MULTIPART} of two files: {reason}") from error
+    async with _closing(form.multi_items()) as parts:
+        given = {_part_name(field, part): part for field, part in parts}
+        if set(given) != {CONFIG_NAME, WEIGHTS_NAME} or len(parts) != 2:
+            message = f"an adapter is the two parts {CONFIG_NAME} and {WEIGHTS_NAME}, got {sorted(given)!a:.200}"
+            raise InvalidArtifact("wrong_parts", message)
+        if (given[CONFIG_NAME].size or 0) > MAX_CONFIG_BYTES:
+            raise InvalidArtifact("invalid_adapter_config", f"{CONFIG_NAME} may have {MAX_CONFIG_BYTES} bytes")
+        for name, part in given.items():
+            await run_in_threadpool(_copy, part, folder / name)
+    return folder / CONFIG_NAME
+
+
+@asynccontextmanager
+async def _closing(items: list[tuple[str, UploadFile | str]]) -> AsyncIterator[list[tuple[str, UploadFile]]]:
+    parts = [(name, part) for name, part in items if isinstance(part, UploadFile)]
+    try:
+        yield parts
+    finally:
+        for _, part in parts:
+            await part.close()
+
+
+def _part_name(field: str, part: UploadFile) -> str:
+    """A part is known by its file name, else by its field's."""
+    return part.filename if part.filename in (CONFIG_NAME, WEIGHTS_NAME) else field
+
+
+def _copy(part: UploadFile, path: Path) -> None:
+    part.file.seek(0)
+    with path.open("wb") as file:
+        shutil.copyfileobj(part.file, file, WRITE_BYTES)
+
+
+def _content_digest(header: str | None) -> bytes | None:
+    """RFC 9530. Raises ApiError 400 for a header without a sha-256 that could be checked."""
+    if header is None:
+        return None
+    found = _SHA256.search(header)
+    try:
+        digest = base64.b64decode(found[1], validate=True) if found else b""
+    except binascii.Error:
+        digest = b""
+    if len(digest) != hashlib.sha256().digest_size:
+        message = "Content-Digest is checked as `sha-256=:<base64 of 32 bytes>:`"
+        raise ApiError(400, "invalid_value", message, param="Content-Digest")
+    return digest
