@@ -33,7 +33,7 @@ def convert(source: Path, target: Path) -> None:
             f"{source} is not a GGUF file of a LLaMA that transformers reads: {error}"
         ) from error
     config = model.config.to_diff_dict()
-    for inner in ("quantization_config", "_name_or_path", "transformers_version"):
+    for inner in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"):
         config.pop(inner, None)
     config["architectures"] = [type(model).__name__]
     tied = LlamaConfig.from_hf(config).tied
