@@ -32,6 +32,14 @@ def test_greedy_takes_the_best():
     assert sample(logits([0.0, 3.0, 1.0]), [row(temperature=0.0)])[0].token_id == 1
 
 
+@pytest.mark.parametrize("width", [250, 256, 1024])
+def test_greedy_takes_the_first_of_equals_at_any_width(width):
+    torch.manual_seed(0)
+    table = torch.randint(0, 3, (40, width)).float()
+    chosen = sample(table.clone(), [row(temperature=0.0)] * 40)
+    assert [choice.token_id for choice in chosen] == table.argmax(-1).tolist()
+
+
 def test_frequencies_follow_the_distribution():
     values = [1.0, 0.0, -1.0, 2.0]
     expected = torch.tensor(values).div(0.7).softmax(-1)
