@@ -1,6 +1,6 @@
 """JSON from strangers, read so that no two parsers can disagree about it.
 
-Refused: duplicate keys at any depth, NaN and Infinity (spelt or by overflow), numbers of more than 20 digits, lone
+Refused: duplicate keys at any depth, NaN and Infinity (spelt or by overflow), integers of more than 20 digits, lone
 surrogates, text before or after the object other than trailing spaces, deep nesting, anything but UTF-8.
 Knows nothing of what the object means.
 """
@@ -56,7 +56,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def _int(digits: str) -> int:
     if len(digits) > MAX_DIGITS:
-        raise _Refused("", f"a number has more than {MAX_DIGITS} digits")
+        raise _Refused("", f"an integer has more than {MAX_DIGITS} digits")
     return int(digits)
 
 
