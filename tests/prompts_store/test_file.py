@@ -132,7 +132,8 @@ REFUSED = {
     "dtype twice": (two(META, ROWS.replace('{"dtype"', '{"dtype":"F16","dtype"')), "duplicate_key"),
     # the tensors
     "no tensor": (raw({"__metadata__": {"base": BASE}}), "unexpected_tensor"),
-    "17 tensors": (raw({f"t{i}": entry((1,), offsets=(4 * i, 4 * i + 4)) for i in range(17)}, bytes(68)), "unexpected_tensor"),
+    "17 tensors": (raw({f"t{i}": entry((1,), offsets=(4 * i, 4 * i + 4)) for i in range(17)}, bytes(68)),
+                   "unexpected_tensor"),
     "another tensor": (raw({"weight": entry()}, bytes(32)), "unexpected_tensor"),
     "a tensor more": (two(ROWS, '"more":' + json.dumps(entry(offsets=(32, 64)))) + bytes(32), "unexpected_tensor"),
     "keys without values": (raw({"keys": entry((1, 1, 2, 4))}, bytes(32)), "unexpected_tensor"),
@@ -157,7 +158,7 @@ REFUSED = {
     "a hole": (rows_file(offsets=(4, 36), data=bytes(36)), "invalid_offsets"),
     "three offsets": (rows_file(offsets=(0, 32, 32)), "invalid_offsets"),
     "offsets the wrong way": (rows_file(offsets=(32, 0)), "shape_mismatch"),
-    "overlapping tensors": (raw({"keys": entry((1, 1, 2, 4)), "values": entry((1, 1, 2, 4))}, bytes(32)), "invalid_offsets"),
+    "overlapping tensors": (raw(dict.fromkeys(("keys", "values"), entry((1, 1, 2, 4))), bytes(32)), "invalid_offsets"),
     "rows with one axis": (rows_file(shape=(8,)), "shape_mismatch"),
     "rows with four axes": (rows_file(shape=(1, 1, 2, 4)), "shape_mismatch"),
     "NaN among the rows": (rows_file(data=NAN), "non_finite"),

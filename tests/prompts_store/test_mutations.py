@@ -1,7 +1,8 @@
 """Thousands of broken files: the reader must refuse or accept each, and never fail in any other way.
 
-"A mutant must be refused" would be the wrong oracle, for many are still good files. A second checker, which shares no code
-with the reader (json, struct and numpy alone), says which; where both accept, the values must be equal bit for bit.
+"A mutant must be refused" would be the wrong oracle, for many are still good files. A second checker, which shares no
+code with the reader (json, struct and numpy alone), says which; where both accept, the values must be equal bit for
+bit.
 """
 
 import json
@@ -16,6 +17,7 @@ import pytest
 
 from prompts_store.errors import InvalidArtifact
 from prompts_store.file import Limits, PromptFile, Provenance, encode_prompt, read_prompt
+from prompts_store.prompt import SoftPrompt
 
 MUTANTS = 1_000_000 if os.environ.get("PROMPTSTITCH_FULL") == "1" else 10_000
 BASE = "sha256:" + "ba" * 32
@@ -25,6 +27,10 @@ KEYS = {"format", "kind", "base", "hidden_size", "task", "level", "weights", "bo
 DIGEST = r"sha256:[0-9a-f]{64}"
 LEVEL = r"dense|(?:int8|nf4|w[2-8](?:g[1-9][0-9]{0,4})?)(?:-s(?:[1-9][0-9]?|2of4))?|s(?:[1-9][0-9]?|2of4)"
 TASK = r"[a-z0-9]+(?:[._-][a-z0-9]+)*"
+
+NUMBERS = b"0 1 -1 2 1.0 1e2 4 8 32 null true NaN 18446744073709551616 9999999999999999999999999 1e999 00 -0".split()
+WORDS = rb'''"F32" "F16" "BF16" "F64" "keys" "values" "shape" "dtype" "kv" "rows" "__metadata__" "base" "none" "level" "task"
+    "" [] {} "\ud800" "\u0000" "../x"'''.split()
 
 
 class No(Exception):
@@ -190,15 +196,12 @@ def resize(chance: random.Random, data: bytearray) -> None:
 
 def number(chance: random.Random, data: bytearray) -> None:
     """One number of the header becomes another, the header's length with it."""
-    rewrite(chance, data, rb"[0-9]+", [b"0", b"1", b"-1", b"2", b"1.0", b"1e2", b"4", b"8", b"32", b"null", b"true", b"NaN",
-                                       b"18446744073709551616", b"9" * 25, b'"4"', b"1e999", b"00", b"-0"])  # fmt: skip
+    rewrite(chance, data, rb"[0-9]+", NUMBERS)
 
 
 def word(chance: random.Random, data: bytearray) -> None:
     """One word of the header becomes another one of the format."""
-    rewrite(chance, data, rb'"[A-Za-z_]*"', [b'"F32"', b'"F16"', b'"BF16"', b'"F64"', b'"keys"', b'"values"', b'"shape"', b'"kv"',
-                                             b'"rows"', b'"__metadata__"', b'"base"', b'"none"', b'""', b'"\\ud800"', b"[]",
-                                             b"{}", b'"dtype"', b'"\\u0000"', b'"../x"', b'"level"', b'"task"'])  # fmt: skip
+    rewrite(chance, data, rb'"[A-Za-z_]*"', WORDS)
 
 
 def repeat_member(chance: random.Random, data: bytearray) -> None:
@@ -230,6 +233,13 @@ def mutant(chance: random.Random, seeds: list[bytes]) -> bytes:
     return bytes(data)
 
 
+def verdict(data: bytes) -> SoftPrompt | None:
+    try:
+        return read_prompt(data, LIMITS, default_base=BASE).prompt
+    except InvalidArtifact:
+        return None
+
+
 def test_the_checker_accepts_the_seeds(seeds):
     for data in seeds:
         check(data)
@@ -245,13 +255,11 @@ def test_every_mutant_is_refused_or_read_right(seeds):
             expected = check(data)
         except No:
             expected = None
-        try:
-            prompt = read_prompt(data, LIMITS, default_base=BASE).prompt
-        except InvalidArtifact as refused:
-            assert expected is None, (index, refused.code, refused.message, data)
+        found = verdict(data)
+        assert (found is None) == (expected is None), (index, data)
+        if expected is None or found is None:
             continue
-        assert expected is not None, (index, data)
         accepted += 1
         for name, values in expected.items():
-            assert prompt.tensors[name].numpy().tobytes() == values.tobytes(), index
+            assert found.tensors[name].numpy().tobytes() == values.tobytes(), index
     assert MUTANTS * 0.02 < accepted < MUTANTS * 0.5  # both verdicts were put to the test

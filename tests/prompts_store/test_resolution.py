@@ -57,8 +57,8 @@ CASES = {
     "served weights that nobody knows": Case([v(1, weights="X"), v(2)], exact(2), served=Served(BASE, "w4g128", None)),
     "the default alias before the served weights": Case([v(1), v(2, weights="W")], exact(1), aliases=[alias(1)]),
     "an alias of another name is nothing to a bare task": Case([v(1), v(2)], exact(2), aliases=[alias(1, name="old")]),
-    "the default of another level is nothing to this one": Case([v(1, W3), v(2), v(3)], exact(3), aliases=[alias(1, W3)]),
-    "the default of another base is nothing to this one": Case(
+    "the default of another level is nothing here": Case([v(1, W3), v(2), v(3)], exact(3), aliases=[alias(1, W3)]),
+    "the default of another base is nothing here": Case(
         [v(1, base=OTHER), v(2), v(3)], exact(3), aliases=[alias(1, base=OTHER)]
     ),
     "exact before better measured": Case([v(1), v(2, W3)], exact(1), scores=[score(1, 9.0), score(2, 1.0)]),
@@ -66,7 +66,7 @@ CASES = {
     "the same at policy exact": Case([v(1), v(2, W3)], exact(1), policy="exact"),
     # transferred, unmeasured
     "the nearest more compressed": Case([v(1, W2), v(2, W3), v(3, INT8)], transferred(2, False)),
-    "more compressed before less compressed, however far": Case([v(1, "w2g64-s50"), v(2, "nf4")], transferred(1, False)),
+    "more compressed before less, however far": Case([v(1, "w2g64-s50"), v(2, "nf4")], transferred(1, False)),
     "else the nearest less compressed": Case([v(1, "dense"), v(2, INT8), v(3, S25)], transferred(2, False)),
     "equal bits count as near": Case([v(1, S50), v(2, W3)], transferred(1, False), served=Served(BASE, INT8, "W")),
     "the newest at one distance": Case([v(1, W3), v(2, W3)], transferred(2, False)),
@@ -95,7 +95,8 @@ CASES = {
     "of two equal data sets, the one measured last": Case(
         [v(1, W2), v(2, W3)],
         transferred(2, True),
-        scores=[score(1, 1.0, "a", order=1), score(2, 2.0, "a", order=2), score(1, 4.0, "b", order=3), score(2, 3.0, "b", order=4)],
+        scores=[score(1, 1.0, "a", order=1), score(2, 2.0, "a", order=2),
+                score(1, 4.0, "b", order=3), score(2, 3.0, "b", order=4)],
     ),
     "scores through the served weights before the level's": Case(
         [v(1, W2), v(2, W3)],
@@ -121,7 +122,7 @@ CASES = {
     "another base's score is nothing": Case(
         [v(1, W2, base=OTHER), v(2, W3)], transferred(2, False), scores=[score(1, 1.0)]
     ),
-    "a kv prompt that was measured transfers": Case([v(1, W3, kind="kv")], transferred(1, True), scores=[score(1, 8.0)]),
+    "a measured kv prompt transfers": Case([v(1, W3, kind="kv")], transferred(1, True), scores=[score(1, 8.0)]),
     # nothing
     "exact refuses what would be transferred": Case([v(1, W3)], Unresolved, policy="exact"),
     "optional transfers too": Case([v(1, W3)], transferred(1, False), policy="optional"),
@@ -151,7 +152,9 @@ CASES = {
     "a deleted version": Case([v(1, live=False), v(2)], Gone, ask="task@1"),
     "a deleted version, optional": Case([v(1, live=False), v(2)], NONE, ask="task@1", policy="optional"),
     "a kv version unmeasured elsewhere": Case([v(1, W3, kind="kv")], Unresolved, ask="task@1"),
-    "a kv version measured here": Case([v(1, W3, kind="kv")], transferred(1, True), ask="task@1", scores=[score(1, 2.0)]),
+    "a kv version measured here": Case(
+        [v(1, W3, kind="kv")], transferred(1, True), ask="task@1", scores=[score(1, 2.0)]
+    ),
     "a digest": Case([v(1), v(2)], exact(1), ask=f"task@{DIGESTS[1]}"),
     "a digest at two levels: the served one": Case(
         [v(1), v(2, W3, digest=1)], exact(1), ask=f"task@{DIGESTS[1]}"
@@ -182,7 +185,9 @@ CASES = {
     ),
     "an alias that is not never means the default": Case([v(1)], Unresolved, ask="task:old", aliases=[alias(1)]),
     "an alias that is not, optional": Case([v(1)], NONE, ask="task:old", policy="optional"),
-    "an alias of another base": Case([v(1, base=OTHER)], WrongBase, ask="task:old", aliases=[alias(1, name="old", base=OTHER)]),
+    "an alias of another base": Case(
+        [v(1, base=OTHER)], WrongBase, ask="task:old", aliases=[alias(1, name="old", base=OTHER)]
+    ),
     "the default by name": Case([v(1), v(2)], exact(1), ask="task:default", aliases=[alias(1)]),
     "the default by name, where there is none": Case([v(1)], Unresolved, ask="task:default"),
 }  # fmt: skip
