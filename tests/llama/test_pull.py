@@ -400,3 +400,20 @@ def test_default_folders(monkeypatch, tmp_path):
     assert default_folder("smollm2-135m") == tmp_path / "promptstitch" / "models" / "smollm2-135m"
     assert default_folder("org/Tiny-1B").name == "org--Tiny-1B"
     assert default_folder("/x/tiny.Q4_1.gguf").name == "tiny.Q4_1"
+
+
+@pytest.mark.slow
+def test_the_embedded_model_is_the_same_on_every_machine():
+    """Prompts name these digests: whoever pulls must get them, and the model must still know its geography."""
+    folder = pull("smollm2-135m", Path("models/smollm2-135m"))
+    manifest = Manifest.read(folder)
+    assert manifest.base == "sha256:91dfa36327b121cf7e46f2d3c86f9d4846e52d6b9c390b21c1fd4b9fb46c6209"
+    assert manifest.weights == "sha256:70fa9eed7436c4229701fbb798691c237f1ab1d6bd4cbfce6e6892dbfe5fd216"
+    assert base_digest(folder) == manifest.base
+    tokenizer = HubTokenizer(folder)
+    assert tokenizer.eos_token_ids == {2}
+    assert tokenizer.encode("hi", "after_prompt") == [1, *tokenizer.encode("hi")]
+    ids = tokenizer.encode_chat([{"role": "user", "content": "What is the capital of France?"}])
+    model = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
+    answer = model.generate(torch.tensor([ids]), max_new_tokens=10, do_sample=False)[0, len(ids) :]
+    assert tokenizer.decode(answer.tolist()) == "The capital of France is Paris."
