@@ -23,9 +23,11 @@ def declared_level(raw: Mapping[str, Any]) -> str:
         return "dense"
     method = quantisation.get("quant_method")
     if method == "bitsandbytes" or quantisation.get("load_in_4bit") or quantisation.get("load_in_8bit"):
-        if quantisation.get("load_in_4bit"):
-            return str(quantisation.get("bnb_4bit_quant_type", "fp4"))
-        return "int8"
+        if not quantisation.get("load_in_4bit"):
+            return "int8"
+        if (kind := quantisation.get("bnb_4bit_quant_type", "fp4")) == "nf4":
+            return "nf4"
+        raise UnsupportedModel(f"quantization_config.bnb_4bit_quant_type is {kind!r}; supported: nf4")
     if method == "gptq":
         return _grid(quantisation.get("bits"), quantisation.get("group_size"))
     if method == "compressed-tensors" and quantisation.get("format") == "pack-quantized":

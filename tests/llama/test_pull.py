@@ -370,9 +370,16 @@ def test_levels_of_foreign_checkpoints(make_checkpoint, quantization, level):
     assert Manifest.read(folder).level == level
 
 
-@pytest.mark.parametrize("quantization", [{"quant_method": "awq", "bits": 4}, {"quant_method": "gptq"}])
-def test_formats_that_are_not_served_are_refused_with_the_list(make_checkpoint, quantization):
-    with pytest.raises(UnsupportedModel, match="supported: dense; bitsandbytes"):
+@pytest.mark.parametrize(
+    "quantization",
+    [
+        {"quant_method": "awq", "bits": 4},
+        {"quant_method": "gptq"},
+        {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "fp4"},
+    ],
+)
+def test_formats_that_are_not_served_are_refused_with_what_is(make_checkpoint, quantization):
+    with pytest.raises(UnsupportedModel, match="supported: .*nf4"):
         pull(str(make_checkpoint(config={"quantization_config": quantization})))
 
 
