@@ -29,8 +29,8 @@ LEVEL = r"dense|(?:int8|nf4|w[2-8](?:g[1-9][0-9]{0,4})?)(?:-s(?:[1-9][0-9]?|2of4
 TASK = r"[a-z0-9]+(?:[._-][a-z0-9]+)*"
 
 NUMBERS = b"0 1 -1 2 1.0 1e2 4 8 32 null true NaN 18446744073709551616 9999999999999999999999999 1e999 00 -0".split()
-WORDS = rb'''"F32" "F16" "BF16" "F64" "keys" "values" "shape" "dtype" "kv" "rows" "__metadata__" "base" "none" "level" "task"
-    "" [] {} "\ud800" "\u0000" "../x"'''.split()
+WORDS = rb'''"F32" "F16" "BF16" "F64" "keys" "values" "shape" "dtype" "kv" "rows" "__metadata__" "base"
+    "none" "level" "task" "" [] {} "\ud800" "\u0000" "../x"'''.split()
 
 
 class No(Exception):
