@@ -1,0 +1,89 @@
+"""Models on this disk: which folder a name means, what the embedded one is, and an engine over one of them.
+
+Knows where things lie and how settings become an engine; knows no HTTP and no registry.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from cli.output import CommandError, Steps
+from engine.engine import LocalEngine, ServedModel
+from engine.options import EngineOptions
+from llama.load import info, load
+from llama.pull import default_folder, pull
+from llama.tokenizer import HubTokenizer
+from prompts_store.file import read_prompt
+from server.settings import Settings
+
+EMBEDDED = "smollm2-135m"
+EMBEDDED_LEVEL = "w3g64"
+
+
+def find_model(name: str) -> Path:
+    """The folder of a checkpoint, given as such or by the name that it was pulled by. Raises CommandError."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    pulled = default_folder(name)
+    if pulled.is_dir():
+        return pulled
+    raise CommandError(f"there is no model {name}, neither as a folder nor pulled: `promptstitch pull {name}`")
+
+
+def to_serve(settings: Settings, steps: Steps) -> Settings:
+    """The settings with the model's folder in `model`, and what its being the embedded one brings with it.
+
+    The embedded model is fetched where it is missing and served at EMBEDDED_LEVEL unless a level is given. The prompts
+    that the package ships for this model are those that a new registry starts with, unless others are named.
+    Raises CommandError, ModelError.
+    """
+    if settings.model == EMBEDDED and not Path(EMBEDDED).is_dir() and not default_folder(EMBEDDED).is_dir():
+        pull(EMBEDDED, progress=steps)
+    folder = find_model(settings.model)
+    stored = info(folder, base=settings.base).identity
+    level = settings.level
+    if level is None and (stored.name, stored.level) == (EMBEDDED, "dense"):
+        level = EMBEDDED_LEVEL
+    seeds = settings.seed_prompts or tuple(seed for seed in shipped_prompts() if _base_of(seed) == stored.base)
+    return settings.model_copy(update={"model": str(folder), "level": level, "seed_prompts": seeds})
+
+
+def shipped_prompts() -> list[Path]:
+    """The prompt files inside this package."""
+    folder = Path(str(resources.files("prompts_store"))) / "seeds"
+    return sorted(folder.glob("*.safetensors"))
+
+
+def start_engine(settings: Settings, steps: Steps) -> LocalEngine:
+    """Load the model in the folder `settings.model` and start its loop. Raises ModelError, ValueError."""
+    folder = Path(settings.model)
+    loaded = load(
+        folder,
+        level=settings.level,
+        dtype=settings.dtype,
+        device=settings.device,
+        base=settings.base,
+        progress=steps,
+    )
+    identity = loaded.identity
+    served = ServedModel(identity.name, identity.base, identity.level, identity.weights, loaded.resident_bytes)
+    return LocalEngine(loaded.model, HubTokenizer(folder), served, _options(settings))
+
+
+def _options(settings: Settings) -> EngineOptions:
+    return EngineOptions(
+        page_size=settings.page_size,
+        kv_bytes=settings.kv_memory,
+        max_running=settings.max_running,
+        max_batch_tokens=settings.max_batch_tokens,
+        max_waiting=settings.max_queue,
+        max_waiting_tokens=settings.max_queued_tokens,
+        max_model_len=settings.max_model_len,
+        max_virtual_tokens=settings.max_prompt_tokens,
+    )
+
+
+def _base_of(seed: Path) -> str:
+    return read_prompt(seed).prompt.base

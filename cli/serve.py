@@ -1,0 +1,110 @@
+"""`promptstitch serve`: settings, a store, a model, and the server over them; says what is served once it is.
+
+The options are the server's settings. Knows no HTTP beyond the `curl` line that it prints.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.options import Config, takes_settings
+from cli.output import progress, say
+
+if TYPE_CHECKING:
+    from engine.api import EngineInfo
+    from prompts_store.store import PromptStore
+
+MIB = 1 << 20
+PANELS = {
+    "Model": ("level", "dtype", "device", "base", "served_model_name"),
+    "Prompts": ("store", "blobs", "seed_prompts", "resolution", "prompt_cache"),
+    "Engine": (
+        "max_model_len",
+        "max_prompt_tokens",
+        "kv_memory",
+        "page_size",
+        "max_running",
+        "max_batch_tokens",
+        "max_queue",
+        "max_queued_tokens",
+    ),
+    "Requests": (
+        "max_tokens_default",
+        "max_body",
+        "max_upload",
+        "request_timeout",
+        "receipt_timeout",
+        "key_concurrency",
+    ),
+    "Server": (
+        "host",
+        "port",
+        "insecure",
+        "allowed_hosts",
+        "docs",
+        "log_level",
+        "drain",
+        "drain_delay",
+        "liveness_timeout",
+    ),
+}
+Model = Annotated[
+    str | None,
+    typer.Argument(help="Checkpoint folder, or a name that was pulled; else the embedded model.", show_default=False),
+]
+
+
+@takes_settings(PANELS)
+def serve(model: Model = None, config: Config = None, **flags: Any) -> None:
+    """Serve a model over HTTP, with the right soft prompt in front of every request.
+
+    Every option is an environment variable, too (--max-running: PROMPTSTITCH_MAX_RUNNING), and a key of the TOML file
+    (max_running); a flag comes before a variable, a variable before the file. Lists are repeated flags, or one
+    variable with commas; sizes may be written 256MiB.
+    """
+    from server.settings import load_settings
+
+    settings = load_settings(config, model=model, **flags)
+
+    from cli.local import open_store
+    from cli.model import start_engine, to_serve
+    from server.run import serve as run
+
+    with progress(quiet=False) as steps:
+        settings = to_serve(settings, steps)
+    with open_store(settings) as store, progress(quiet=False) as steps:
+
+        def ready(info: EngineInfo, url: str) -> None:
+            announce(info, url, store)
+
+        code = run(settings, lambda chosen: start_engine(chosen, steps), store, ready)
+    raise typer.Exit(code)
+
+
+def announce(info: EngineInfo, url: str, store: PromptStore) -> None:
+    """What is served, and a line to try it with."""
+    stats = store.stats()
+    pages = f"{info.num_pages} pages of {info.page_size} tokens ({info.kv_bytes / MIB:.0f} MiB)"
+    say(f"model    {info.model} at {info.level}, {info.weight_bytes / MIB:.0f} MiB, {info.dtype} on {info.device}")
+    say(f"base     {info.base}")
+    say(f"weights  {info.weights}")
+    say(f"context  {info.max_model_len} tokens; KV cache: {pages}")
+    say(f"prompts  {stats.versions} of {stats.tasks} tasks")
+    say(f"ready    {url}  (documentation: {url}/docs)")
+    say("")
+    say(try_it(info, url, store))
+
+
+def try_it(info: EngineInfo, url: str, store: PromptStore) -> str:
+    """A `curl` line that works against this server now."""
+    tasks = store.versions.tasks(limit=1, level=info.level, base=info.base).items
+    body: dict[str, Any] = {"text": "The capital of France is", "max_tokens": 16, "temperature": 0}
+    if tasks:
+        body = {"task": tasks[0].task, **body}
+    words = ["curl", "-s", f"{url}/v1/generate", "-H", "Content-Type: application/json"]
+    key = ' -H "Authorization: Bearer $PROMPTSTITCH_API_KEY"' if store.keys.any() else ""
+    return f"{shlex.join(words)}{key} -d {shlex.quote(json.dumps(body))}"
