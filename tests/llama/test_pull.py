@@ -379,7 +379,7 @@ def test_levels_of_foreign_checkpoints(make_checkpoint, quantization, level):
     ],
 )
 def test_formats_that_are_not_served_are_refused_with_what_is(make_checkpoint, quantization):
-    with pytest.raises(UnsupportedModel, match="supported: .*nf4"):
+    with pytest.raises(UnsupportedModel, match=r"supported: .*nf4"):
         pull(str(make_checkpoint(config={"quantization_config": quantization})))
 
 
