@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError
+from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import AutoTokenizer, GenerationConfig
 
@@ -29,9 +30,7 @@ class HubTokenizer:
     def __init__(self, directory: Path) -> None:
         """Raises BrokenCheckpoint if there is none that loads, or only one without a fast backend."""
         try:
-            self._hf = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
+            self._hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise BrokenCheckpoint(f"{directory}: the tokenizer does not load: {error}") from error
         if not self._hf.is_fast:
@@ -47,6 +46,11 @@ class HubTokenizer:
     def eos_token_ids(self) -> frozenset[int]:
         """Those of the generation config and that of the tokenizer."""
         return self._eos
+
+    @cached_property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids that `decode` leaves out."""
+        return frozenset(token for token, added in self._added.items() if added.special)
 
     @cached_property
     def chat_template_digest(self) -> str:
@@ -87,17 +91,25 @@ class HubTokenizer:
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that one token stands for, part of a character or not. Raises ValueError for an unknown id."""
+        """The bytes that one token stands for, part of a character or not; none for an id beyond the vocabulary.
+
+        Embedding tables are often padded, so a model may well choose such an id.
+        """
         token = self._hf.convert_ids_to_tokens(token_id) if token_id >= 0 else None
         if token is None:
-            raise ValueError(f"token id {token_id} is not in the vocabulary")
-        if token_id in self._hf.added_tokens_decoder:
+            return b""
+        if token_id in self._added:
             return bytes(token, "utf-8")
         if self._byte_level:
             return bytes(self._byte_level[character] for character in token)
         if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
             return bytes([int(token[3:5], 16)])
         return bytes(token.replace(_WORD_START, " "), "utf-8")
+
+    @cached_property
+    def _added(self) -> dict[int, AddedToken]:
+        added: dict[int, AddedToken] = self._hf.added_tokens_decoder
+        return added
 
     @cached_property
     def _byte_level(self) -> dict[str, int]:

@@ -116,8 +116,14 @@ def test_every_byte_of_a_byte_level_vocabulary(make_checkpoint):
 
 @pytest.mark.parametrize("token_id", [-1, 300, 10**9])
 def test_unknown_ids_have_no_bytes(make_checkpoint, token_id):
-    with pytest.raises(ValueError, match="not in the vocabulary"):
-        HubTokenizer(make_checkpoint()).token_bytes(token_id)
+    """Embedding tables are padded: a sampled id beyond the vocabulary once failed its whole batch."""
+    assert HubTokenizer(make_checkpoint()).token_bytes(token_id) == b""
+
+
+def test_special_ids_are_those_that_decode_leaves_out(make_checkpoint):
+    tokenizer = HubTokenizer(make_checkpoint())
+    assert tokenizer.special_token_ids == {0, 1}
+    assert tokenizer.decode(sorted(tokenizer.special_token_ids)) == ""
 
 
 def test_sentencepiece_with_byte_fallback(make_checkpoint):
