@@ -18,15 +18,19 @@ from llama.config import LlamaConfig
 
 
 class KVPages:
-    """keys and values, each (layers, pages, page size, KV heads, D)."""
+    """keys and values, each (layers, pages, page size, KV heads, D).
+
+    Memory is reserved, not touched: a page becomes resident when it is blanked, which must come before its first use.
+    """
 
     def __init__(
         self, config: LlamaConfig, num_pages: int, page_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         shape = (config.num_layers, num_pages, page_size, config.num_kv_heads, config.head_dim)
         self.page_size = page_size
-        self.keys = torch.zeros(shape, dtype=dtype, device=device)
-        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.keys = torch.empty(shape, dtype=dtype, device=device)
+        self.values = torch.empty(shape, dtype=dtype, device=device)
+        self.blank([BLANK_PAGE])
 
     @staticmethod
     def bytes_per_page(config: LlamaConfig, page_size: int, dtype: torch.dtype) -> int:
