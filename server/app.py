@@ -102,6 +102,7 @@ def create_app(
         try:
             yield {"services": services}
         finally:
+            loading.cancel()
             await asyncio.wait([loading])
             await host.close()
 

@@ -55,7 +55,7 @@ class KeyRing:
         A "no" is remembered for a moment, since another process may make the first.
         """
         if not self._configured and time.monotonic() - self._looked > REMEMBERED_SECONDS:
-            self._configured = await self._registry.call("any_key", self._store.keys.any)
+            self._configured = await self._registry.read("any_key", self._store.keys.any)
             self._looked = time.monotonic()
         return self._configured
 
@@ -67,7 +67,7 @@ class KeyRing:
         """The live key of this secret in the served namespace."""
         if not secret or len(secret) > MAX_SECRET or "\0" in secret:
             return None
-        key = await self._registry.call("key", self._store.keys.lookup, secret)
+        key = await self._registry.read("key", self._store.keys.lookup, secret)
         return key if key and key.namespace == self._store.namespace else None
 
 

@@ -25,8 +25,10 @@ M = TypeVar("M", bound=BaseModel)
 
 
 async def chunks(request: Request, limit: int, patience: float) -> AsyncIterator[bytes]:
-    """The body as it comes. Raises ApiError 413 beyond `limit` bytes, 408 when it is too slow; ClientGone."""
+    """The body as it comes. Raises ApiError 413 beyond `limit` bytes, 408 when it is too slow, 415; ClientGone."""
     too_large = ApiError(413, "file_too_large", f"the body may have {limit} bytes")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise ApiError(415, "unsupported_format", "send the body without Content-Encoding", param="Content-Encoding")
     declared = request.headers.get("content-length", "")
     if declared.isdigit() and int(declared[:20]) > limit:
         raise too_large
@@ -77,7 +79,7 @@ class JsonBody(Generic[M]):
 def _check_keys(body: bytes) -> None:
     """Refuse a body of very many keys before validation makes an error report for each."""
     try:
-        todo: list[Any] = [from_json(body)]
+        todo: list[Any] = [{"": from_json(body)}]
     except ValueError as error:
         raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from None
     keys = 0

@@ -7,6 +7,7 @@ tokens and no HTTP.
 from __future__ import annotations
 
 import asyncio
+import time
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +16,11 @@ from engine.api import EngineInfo
 from prompts_store.prompt import SoftPrompt
 from prompts_store.records import Version
 from prompts_store.resolution import Query, Resolution, Served
-from prompts_store.store import PromptStore
+from prompts_store.store import PromptStore, Resolved
 from server.registry import Registry
+
+KNOWN_QUERIES = 4096
+SHARED_SECONDS = 1.0  # how long another process's change may go unseen, where the store is a shared database
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +47,15 @@ class Stitch:
         return told
 
 
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """An answer of the registry, and how long it holds: its epoch, and a moment where others change the store, too."""
+
+    resolved: Resolved
+    epoch: int
+    until: float
+
+
 def served(info: EngineInfo) -> Served:
     """What runs, as the registry wants to know it."""
     return Served(base=info.base, level=info.level, weights=info.weights)
@@ -58,18 +71,26 @@ class PromptFinder:
         self._held = 0
         self._prompts: OrderedDict[str, SoftPrompt] = OrderedDict()
         self._reading: dict[str, asyncio.Task[SoftPrompt]] = {}
+        self._resolved: dict[Query, _Known] = {}
 
-    async def resolve(self, query: Query, info: EngineInfo) -> tuple[Version | None, Resolution]:
-        """The version that answers, without its rows. Raises StoreError."""
-        resolved = await self._registry.call("resolve", self._store.resolve, query, served(info))
-        return resolved.version, resolved.resolution
+    async def resolve(self, query: Query, info: EngineInfo) -> Resolved:
+        """The version that answers, without its rows; from memory while nothing has changed. Raises StoreError."""
+        known = self._resolved.get(query)
+        if known and known.epoch == self._registry.epoch and (self._registry.alone or time.monotonic() < known.until):
+            return known.resolved
+        epoch = self._registry.epoch  # before asking: a change that comes meanwhile makes this answer an old one
+        resolved = await self._registry.read("resolve", self._store.resolve, query, served(info))
+        if len(self._resolved) >= KNOWN_QUERIES:
+            self._resolved.clear()
+        self._resolved[query] = _Known(resolved, epoch, time.monotonic() + SHARED_SECONDS)
+        return resolved
 
     async def find(self, query: Query, info: EngineInfo) -> Stitch | None:
         """The prompt to stitch; None where the policy goes on without. Raises StoreError."""
-        version, resolution = await self.resolve(query, info)
-        if version is None:
+        resolved = await self.resolve(query, info)
+        if resolved.version is None:
             return None
-        return Stitch(await self._prompt(version.digest), version, resolution)
+        return Stitch(await self._prompt(resolved.version.digest), resolved.version, resolved.resolution)
 
     async def _prompt(self, digest: str) -> SoftPrompt:
         if prompt := self._prompts.get(digest):
@@ -82,7 +103,7 @@ class PromptFinder:
         return await asyncio.shield(reading)
 
     async def _read(self, digest: str) -> SoftPrompt:
-        return await self._registry.call("load", self._store.load, digest)
+        return await self._registry.read("load", self._store.load, digest)
 
     def _keep(self, digest: str, reading: asyncio.Task[SoftPrompt]) -> None:
         del self._reading[digest]

@@ -155,6 +155,8 @@ class Generation:
         elif isinstance(event, RequestFailed):
             noted.finish_reason = event.code
             self._failure = event
+            if event.code == "deadline":
+                self._metrics.rejected.labels("deadline").inc()
 
     # The client.
 

@@ -47,6 +47,7 @@ class EngineHost:
         self._engine: Engine | None = None
         self._running: Counter[str | None] = Counter()  # key id -> requests under way
         self.phase = Phase.LOADING
+        self.abandoned = False  # the loader's thread was left behind
 
     @property
     def loaded(self) -> Engine | None:
@@ -94,11 +95,17 @@ class EngineHost:
                 del self._running[key_id]
 
     async def load(self, factory: Callable[[], Engine]) -> None:
-        """Build the engine in a thread and let it speak one token. Raises what the factory raises."""
+        """Build the engine in a thread and let it speak one token. Raises what the factory raises.
+
+        Cancelled, it leaves the thread behind: nothing stops a loader but the end of the process.
+        """
         started = time.monotonic()
         try:
-            engine = await anyio.to_thread.run_sync(_built, factory)
-        except BaseException:
+            engine = await anyio.to_thread.run_sync(_built, factory, abandon_on_cancel=True)
+        except asyncio.CancelledError:
+            self.abandoned = True
+            raise
+        except Exception:
             self.phase = Phase.FAILED
             raise
         self._engine = engine

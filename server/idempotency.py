@@ -29,7 +29,7 @@ async def once(
     services, path = services_of(request), request.scope["path"]
     name = hashlib.sha256(f"{caller_of(request).key_id}\0{request.method}\0{path}\0{key}".encode()).hexdigest()
     fingerprint = hashlib.sha256(request.scope["query_string"] + b"\0" + body_sha256.encode()).hexdigest()
-    memory, call = services.store.idempotency, services.registry.call
+    memory, call = services.store.idempotency, services.registry.read
     begun = await call("idempotency", memory.begin, name, fingerprint)
     if begun.state == "replay":
         assert begun.status is not None

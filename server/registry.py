@@ -1,4 +1,4 @@
-"""Calls of the registry from the event loop: each in a thread, each timed.
+"""Calls of the registry from the event loop: each in a thread, each timed, each change counted.
 
 Knows no meaning of a call; the store's errors pass through.
 """
@@ -18,16 +18,25 @@ R = TypeVar("R")
 
 
 class Registry:
-    """Runs the store's functions where they may block."""
+    """Runs the store's functions where they may block. `alone`: no other process can change the store."""
 
     def __init__(self, metrics: Metrics, backend: str) -> None:
         self._seconds = metrics.store_duration
         self._backend = backend
+        self.alone = backend == "directory"
+        self.epoch = 0  # counts changes made here: what was read in a former epoch may be old
 
-    async def call(self, op: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+    async def read(self, op: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """`function(*args)`; `op` names it in the metrics."""
         started = time.monotonic()
         try:
             return await run_in_threadpool(function, *args, **kwargs)
         finally:
             self._seconds.labels(op, self._backend).observe(time.monotonic() - started)
+
+    async def change(self, op: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The same for what may alter the store, even where it raises."""
+        try:
+            return await self.read(op, function, *args, **kwargs)
+        finally:
+            self.epoch += 1

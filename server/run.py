@@ -12,6 +12,7 @@ import signal
 import sys
 from collections.abc import Callable
 from types import FrameType
+from typing import NoReturn
 
 import uvicorn
 from fastapi import FastAPI
@@ -62,7 +63,15 @@ def serve(
         server.run()
     except SystemExit as error:  # uvicorn's way to say that it could not start: the port is taken
         return int(error.code or 1) if isinstance(error.code, int) else 1
+    if app.state.host.abandoned:
+        _exit_over_loader()
     return 1 if failures else 0
+
+
+def _exit_over_loader() -> NoReturn:
+    """Told to stop while the model is still being loaded: its thread would hold the interpreter up, or fall over it."""
+    logging.shutdown()
+    os._exit(0)
 
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> Config:

@@ -28,7 +28,7 @@ async def show(request: Request, task: Task, alias: AliasName, level: LevelFilte
     """What the alias points to at this level, the served one if none is given."""
     services = services_of(request)
     info = services.host.engine.info
-    found = await services.registry.call(
+    found = await services.registry.read(
         "alias", services.store.aliases.get, task, alias, base=info.base, level=level or info.level
     )
     return _answer(found)
@@ -51,8 +51,8 @@ async def put(
 ) -> Response:
     """Point the alias to a version, at that version's level. Moving it takes `If-Match`."""
     services = services_of(request)
-    moved, new = await services.registry.call(
-        "alias",
+    moved, new = await services.registry.change(
+        "set_alias",
         services.store.aliases.put,
         task,
         alias,
@@ -70,8 +70,8 @@ async def delete(
     """Take the alias away at this level, the served one if none is given."""
     services = services_of(request)
     info = services.host.engine.info
-    await services.registry.call(
-        "alias",
+    await services.registry.change(
+        "delete_alias",
         services.store.aliases.delete,
         task,
         alias,

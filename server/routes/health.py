@@ -33,7 +33,7 @@ async def ready(request: Request) -> Response:
     status = services.host.phase.value
     if services.host.phase is Phase.READY:
         try:
-            await services.registry.call("check", services.store.check)
+            await services.registry.read("check", services.store.check)
         except StoreError:
             status = "registry_unavailable"
     return Json({"status": status}, 200 if status == Phase.READY.value else 503)

@@ -26,7 +26,7 @@ async def create(request: Request, body: Annotated[KeyBody, Depends(JsonBody(Key
     services = services_of(request)
     if "admin" not in body.scopes and not await services.keys.configured():
         raise ApiError(409, "admin_first", "the first key must hold the scope admin, or nobody could make another")
-    key, secret = await services.registry.call(
+    key, secret = await services.registry.change(
         "create_key", services.store.keys.create, body.name, body.scopes, by=caller_of(request).actor
     )
     services.keys.created()
@@ -37,7 +37,7 @@ async def create(request: Request, body: Annotated[KeyBody, Depends(JsonBody(Key
 async def show(request: Request, limit: Limit = 100, after: After = None) -> Response:
     """All keys, without their secrets."""
     services = services_of(request)
-    page = await services.registry.call("keys", services.store.keys.list, limit=limit, after=after)
+    page = await services.registry.read("keys", services.store.keys.list, limit=limit, after=after)
     return Json(listing(page, [show_key(key) for key in page.items]))
 
 
@@ -45,5 +45,5 @@ async def show(request: Request, limit: Limit = 100, after: After = None) -> Res
 async def revoke(request: Request, key_id: KeyId) -> Response:
     """Make a key worthless."""
     services = services_of(request)
-    await services.registry.call("revoke_key", services.store.keys.revoke, key_id, by=caller_of(request).actor)
+    await services.registry.change("revoke_key", services.store.keys.revoke, key_id, by=caller_of(request).actor)
     return Response(status_code=204)

@@ -39,7 +39,7 @@ MEASUREMENTS = "/v1/prompts/{task}/versions/{version}/measurements"
 async def show(request: Request, task: Task, version: Number, limit: Limit = 100, after: After = None) -> Response:
     """What was measured of a version."""
     services = services_of(request)
-    page = await services.registry.call(
+    page = await services.registry.read(
         "measurements", services.store.measurements.list, task, version, limit=limit, after=after
     )
     return Json(listing(page, [show_measurement(recorded) for recorded in page.items]))
@@ -59,7 +59,7 @@ async def add(
     services = services_of(request)
     measurement = Measurement(**body.model_dump())
     try:
-        recorded = await services.registry.call(
+        recorded = await services.registry.change(
             "measure",
             services.store.measurements.add,
             task,

@@ -30,7 +30,7 @@ async def list_models(request: Request) -> Response:
     """The base, its tasks and their aliases."""
     services = services_of(request)
     info, base = services.host.engine.info, services.host.model_name
-    named = await services.registry.call("models", lambda: list(_named(services.store, info)))
+    named = await services.registry.read("models", lambda: list(_named(services.store, info)))
     models = [_model(services, info, base, services.created, None)]
     models += [_model(services, info, name, created, base) for name, created in named]
     return Json({"object": "list", "data": models})

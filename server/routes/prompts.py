@@ -99,9 +99,9 @@ async def _upload(
     async with received(request, services.settings) as body:
 
         async def push() -> Answered:
-            file = await registry.call("read", body.read, engine, services.settings, bos)
+            file = await registry.read("read", body.read, engine, services.settings, bos)
             actor = caller_of(request).actor
-            version, new = await registry.call("push", services.store.push, file, task, level, by=actor)
+            version, new = await registry.change("push", services.store.push, file, task, level, by=actor)
             return (201 if new else 200), {**show_version(version), "base_bound": file.bound}
 
         status, answer = await once(request, key, body.sha256, push)
@@ -118,7 +118,7 @@ async def list_tasks(
 ) -> Response:
     """The tasks that have a live version, by name."""
     services = services_of(request)
-    page = await services.registry.call(
+    page = await services.registry.read(
         "tasks", services.store.versions.tasks, limit=limit, after=after, level=level, base=base
     )
     return Json(listing(page, [show_task(task) for task in page.items]))
@@ -135,10 +135,10 @@ async def show(
 ) -> Response:
     """The live versions of a task, oldest first, and its aliases."""
     services = services_of(request)
-    page = await services.registry.call(
+    page = await services.registry.read(
         "versions", services.store.versions.list, task, limit=limit, after=after, level=level, base=base
     )
-    aliases = await services.registry.call(
+    aliases = await services.registry.read(
         "aliases", services.store.aliases.list, task, limit=MAX_PAGE, level=level, base=base
     )
     shown = listing(page, [show_version(version) for version in page.items])
@@ -179,7 +179,7 @@ async def download(
     tags = _tags(found.digest)
     if if_none_match is not None and tags["ETag"] in [tag.strip() for tag in if_none_match.split(",")]:
         return Response(status_code=304, headers=tags)
-    content = await services.registry.call("content", services.store.content, task, version)
+    content = await services.registry.read("content", services.store.content, task, version)
     name = f"{task}-{version}.safetensors"
     headers = {**tags, "Content-Disposition": f'attachment; filename="{name}"'}
     return Response(content, media_type="application/octet-stream", headers=headers)
@@ -193,12 +193,12 @@ async def delete(request: Request, task: Task, version: Number) -> Response:
     """Leave a tombstone. Refused while an alias points to it."""
     services = services_of(request)
     actor = caller_of(request).actor
-    await services.registry.call("delete", services.store.delete, task, version, by=actor)
+    await services.registry.change("delete", services.store.delete, task, version, by=actor)
     return Response(status_code=204)
 
 
 async def _get(services: Services, task: str, version: int) -> Version:
-    return await services.registry.call("version", services.store.versions.get, task, version)
+    return await services.registry.read("version", services.store.versions.get, task, version)
 
 
 def _tags(digest: str) -> dict[str, str]:

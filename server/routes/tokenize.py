@@ -40,10 +40,10 @@ async def _layout(services: Services, model: str | None) -> Bos:
     if query is None:
         return "tokenizer"
     try:
-        version, _ = await services.finder.resolve(query, services.host.engine.info)
+        resolved = await services.finder.resolve(query, services.host.engine.info)
     except NotFound as error:
         raise unknown_model(services, model or "", error) from error
-    return version.bos if version else "tokenizer"
+    return resolved.version.bos if resolved.version else "tokenizer"
 
 
 def _inputs(body: TokenizeBody) -> Inputs:

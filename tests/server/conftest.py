@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from support.served import Served, prompt_file, serving
+from support.served import Served, serving, stock
 
 
 @pytest.fixture(autouse=True)
@@ -14,14 +14,6 @@ def clean_environment(monkeypatch):
     for name in list(os.environ):
         if name.startswith("PROMPTSTITCH_"):
             monkeypatch.delenv(name)
-
-
-def stock(store) -> None:
-    """haiku: two versions at the served level, alias `best` on the first; deep: one learned at a higher compression."""
-    store.push(prompt_file(1), "haiku")
-    store.push(prompt_file(2), "haiku")
-    store.aliases.put("haiku", "best", 1)
-    store.push(prompt_file(3, level="w3g64", weights=None), "deep")
 
 
 @pytest.fixture(scope="module")

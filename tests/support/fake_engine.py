@@ -222,7 +222,9 @@ class FakeEngine:
             if not ticket.prefilled:
                 ticket.prefilled = time.monotonic()
                 events += self._scores(request)
-            events += [event for choice in ticket.choices if not choice.ended for event in self._advance(request, choice)]
+            events += [
+                event for choice in ticket.choices if not choice.ended for event in self._advance(request, choice)
+            ]
             if all(choice.ended for choice in ticket.choices):
                 events.append(self._done(ticket))
         with self._lock:

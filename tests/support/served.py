@@ -39,6 +39,14 @@ def prompt_bytes(seed: int = 0, **shape: Any) -> bytes:
     return encode_prompt(prompt_file(seed, **shape))
 
 
+def stock(store) -> None:
+    """haiku: two versions at the served level, alias `best` on the first; deep: one learned at a higher compression."""
+    store.push(prompt_file(1), "haiku")
+    store.push(prompt_file(2), "haiku")
+    store.aliases.put("haiku", "best", 1)
+    store.push(prompt_file(3, level="w3g64", weights=None), "deep")
+
+
 @dataclass
 class Served:
     """A running server. `client` speaks to it, with the headers of its caller if keys are configured."""
