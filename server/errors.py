@@ -43,6 +43,7 @@ TYPES: Mapping[int, str] = {
     422: "invalid_artifact",
     428: "precondition_failed",
     429: "rate_limit_error",
+    431: "invalid_request_error",
     500: "server_error",
     503: "service_unavailable_error",
     504: "timeout",

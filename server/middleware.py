@@ -24,6 +24,7 @@ from server.metrics import Metrics
 
 logger = logging.getLogger("promptstitch.server")
 
+MAX_HEADER_BYTES = 32 * 1024
 LINGER_SECONDS = 2.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _HEADERS = {
@@ -52,7 +53,9 @@ class Edge:
         scope.setdefault("state", {})[KEY] = exchange
         wire = _Wire(exchange, headers, receive, send)
         try:
-            if self.hosts is not None and _host(headers) not in self.hosts:
+            if sum(len(name) + len(value) for name, value in scope["headers"]) > MAX_HEADER_BYTES:
+                await self._answer(_LONG_HEAD, exchange, scope, wire)
+            elif self.hosts is not None and _host(headers) not in self.hosts:
                 await self._answer(_WRONG_HOST, exchange, scope, wire)
             else:
                 await self.app(scope, wire.receive, wire.send)
@@ -78,6 +81,7 @@ class Edge:
 
 
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
+_LONG_HEAD = ApiError(431, "headers_too_large", f"the headers may have {MAX_HEADER_BYTES} bytes")
 _WRONG_HOST = ApiError(400, "invalid_host", "this server does not answer to that Host; see allowed_hosts", param="Host")
 
 

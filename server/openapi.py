@@ -43,7 +43,7 @@ class Success:
 
 def operation(access: Access, answers: Mapping[int, Success], *errors: int) -> dict[str, Any]:
     """Keyword arguments of a route: its scope and every status it can answer with."""
-    common = (400, 500) if access == "public" else (400, 401, 403, 500)
+    common = (400, 431, 500) if access == "public" else (400, 401, 403, 431, 500)
     documented: dict[int, dict[str, Any]] = {status: _success(answer) for status, answer in answers.items()}
     for status in sorted({*common, *errors}):
         documented[status] = _error(status)

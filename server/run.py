@@ -24,11 +24,11 @@ from server import logs
 from server.app import EngineFactory, create_app
 from server.host import EngineHost
 from server.http import DeadlineProtocol
+from server.middleware import MAX_HEADER_BYTES
 from server.settings import Settings, SettingsError
 
 logger = logging.getLogger("promptstitch.server")
 
-MAX_HEADER_BYTES = 32 * 1024
 KEEP_ALIVE_SECONDS = 30
 FLUSH_SECONDS = 5  # for the last answers to leave, once the engine is closed
 HURRY_SECONDS = 1.0
