@@ -54,7 +54,8 @@ class LocalBlobs:
             (root / "sha256").mkdir(parents=True, exist_ok=True)
         self._lock = FileLock(root / ".lock", thread_local=False)
         try:
-            self._lock.acquire(timeout=0)
+            with storage_errors():
+                self._lock.acquire(timeout=0)
         except Timeout:
             raise StoreLocked(
                 f"another process holds the store at {root}; talk to that server by its URL, or stop it"

@@ -18,11 +18,11 @@ from alembic import command
 from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
-from sqlalchemy import URL, Connection, create_engine, event, make_url
-from sqlalchemy.exc import OperationalError
+from sqlalchemy import URL, Connection, create_engine, event
+from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from prompts_store.errors import SchemaTooNew, StorageFull
+from prompts_store.errors import SchemaTooNew, StorageFull, StoreUnreadable
 
 Clock = Callable[[], datetime]
 SQLITE_BUSY_SECONDS = 30
@@ -44,18 +44,19 @@ class Database:
     """Transactions on one database. Thread-safe; one writer at a time."""
 
     def __init__(self, url: str | URL) -> None:
-        self._engine = create_engine(url)
-        if make_url(url).get_backend_name() == "sqlite":
+        self._engine = reading = create_engine(url)
+        if self._engine.dialect.name == "sqlite":
             _prepare_sqlite(self._engine)
-        writing = self._engine.execution_options(**{_BEGIN: "IMMEDIATE"})
-        self._read = sessionmaker(self._engine)
-        self._write = sessionmaker(writing, expire_on_commit=False)
+        else:
+            reading = self._engine.execution_options(isolation_level="REPEATABLE READ")
+        self._writing = self._engine.execution_options(**{_BEGIN: "IMMEDIATE"})
+        self._read = sessionmaker(reading)
+        self._write = sessionmaker(self._writing, expire_on_commit=False)
         self._writer = threading.RLock()
-        self._writing = writing
 
     @contextmanager
     def read(self) -> Iterator[Session]:
-        """A consistent view."""
+        """One state of the database, whatever is written meanwhile."""
         with self._read() as session:
             yield session
 
@@ -72,11 +73,11 @@ class Database:
             yield
 
     def migrate(self) -> None:
-        """Create the schema, or bring it up to date. Raises SchemaTooNew, StorageFull."""
+        """Create the schema, or bring it up to date. Raises SchemaTooNew, StorageFull, StoreUnreadable."""
         config = Config()
         config.set_main_option("script_location", "prompts_store:migrations")
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
-        with _disk_errors(), self._writing.begin() as connection:
+        with _unreadable(), _disk_errors(), self._writing.begin() as connection:
             current = MigrationContext.configure(connection).get_current_revision()
             if current is not None and current not in known:
                 raise SchemaTooNew(
@@ -116,6 +117,14 @@ def _prepare_sqlite(engine: Any) -> None:
     @event.listens_for(engine, "begin")
     def begun(connection: Connection) -> None:
         connection.exec_driver_sql(f"BEGIN {connection.get_execution_options().get(_BEGIN, 'DEFERRED')}")
+
+
+@contextmanager
+def _unreadable() -> Iterator[None]:
+    try:
+        yield
+    except DBAPIError as error:
+        raise StoreUnreadable(f"the store's database does not open: {error.orig}") from error
 
 
 @contextmanager

@@ -73,7 +73,7 @@ class PromptStore:
     ) -> PromptStore:
         """`location` is a directory, made where it is missing, or an SQLAlchemy URL with a `blobs` directory beside it.
 
-        Raises StoreLocked, SchemaTooNew, StorageFull; ValueError for a URL without `blobs`.
+        Raises StoreLocked, SchemaTooNew, StoreUnreadable, StorageFull; ValueError for a URL without `blobs`.
         """
         url: str | URL
         if "://" in str(location):

@@ -51,3 +51,9 @@ def kv(base: str) -> MakePrompt:
 def store(tmp_path: Path) -> Iterator[PromptStore]:
     with PromptStore.open(tmp_path / "store") as opened:
         yield opened
+
+
+@pytest.fixture
+def blob_files(tmp_path: Path) -> Callable[[], list[str]]:
+    """The names of the blobs of `store`."""
+    return lambda: sorted(path.name for path in (tmp_path / "store" / "blobs" / "sha256").glob("*/*"))

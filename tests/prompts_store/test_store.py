@@ -1,28 +1,17 @@
-"""The registry as its callers see it: pushes, deletes, aliases, lists, damage, restarts, many threads."""
-
-import errno
-import os
-import sqlite3
-import threading
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+"""The registry as its callers see it: pushes, deletes, aliases, lists, measurements, resolution."""
 
 import pytest
-from sqlalchemy import event, text
 
 from prompts_store.errors import (
     BadLevel,
     BadMeasurement,
     BadReference,
     Conflict,
-    CorruptBlob,
     Gone,
     InvalidArtifact,
     NotFound,
     PreconditionFailed,
     PreconditionRequired,
-    StorageFull,
-    StoreLocked,
     Unresolved,
 )
 from prompts_store.file import PromptFile, Provenance, read_prompt
@@ -34,10 +23,6 @@ from prompts_store.store import PromptStore
 W = "sha256:" + "77" * 32
 DATA = "sha256:" + "dd" * 32
 ORIGIN = Provenance("elsewhere", "w3g64", W, {"steps": 100, "lr": 0.3}, "2026-11-24T05:22:00Z")
-
-
-def blob_files(store_root) -> list[str]:
-    return sorted(path.name for path in (store_root / "store" / "blobs" / "sha256").glob("*/*"))
 
 
 def ask(store, text, policy="transfer", level="w3g64", base="sha256:" + "ba" * 32, weights=None):
@@ -71,17 +56,17 @@ def test_pushing_again_changes_nothing(store, rows):
     assert store.push(PromptFile(rows(1)), "other", "w3g64")[0].version == 1
 
 
-def test_two_tasks_share_one_blob_until_the_last_goes(store, rows, tmp_path):
+def test_two_tasks_share_one_blob_until_the_last_goes(store, rows, blob_files):
     for task in ("one", "two"):
         store.push(PromptFile(rows(1)), task, "s50")
-    assert len(blob_files(tmp_path)) == 1
+    assert len(blob_files()) == 1
     stats = store.stats()
     assert (stats.tasks, stats.versions) == (2, 2)
     assert stats.blob_bytes == store.versions.get("one", 1).size
     store.delete("one", 1)
     assert store.load(rows(1).digest) == rows(1)
     store.delete("two", 1)
-    assert blob_files(tmp_path) == []
+    assert blob_files() == []
     assert store.stats().blob_bytes == 0
     with pytest.raises(Gone):
         store.load(rows(1).digest)
@@ -101,10 +86,10 @@ def test_levels_are_told_once(store, rows):
     assert store.push(PromptFile(rows(1), ORIGIN), "general", "w3g64")[1]
 
 
-def test_a_refused_push_leaves_nothing(store, rows, tmp_path):
+def test_a_refused_push_leaves_nothing(store, rows, blob_files):
     with pytest.raises(BadLevel):
         store.push(PromptFile(rows(1)), "general", "nonsense")
-    assert blob_files(tmp_path) == []
+    assert blob_files() == []
     assert store.audit.list().items == ()
 
 
@@ -287,133 +272,6 @@ def test_resolution_through_the_store(store, rows, other_base):
     assert ask(store, "general", "optional").version is None
 
 
-def test_a_restart_finds_everything(rows, tmp_path):
-    with PromptStore.open(tmp_path / "store") as store:
-        version, _ = store.push(PromptFile(rows(1), ORIGIN), "general")
-        alias, _ = store.aliases.put("general", "default", 1)
-        _, secret = store.keys.create("ci", ["infer"])
-        store.push(PromptFile(rows(2)), "general", "s50")
-        store.delete("general", 2)
-        entries = store.audit.list().items
-    with PromptStore.open(tmp_path / "store") as store:
-        assert store.versions.get("general", 1) == version
-        assert store.load(version.digest) == rows(1)
-        assert store.aliases.list().items == (alias,)
-        assert store.keys.lookup(secret).name == "ci"
-        assert store.audit.list().items == entries
-        assert store.push(PromptFile(rows(3)), "general", "s50")[0].version == 3
-        assert store.stats().orphans_removed == 0
-
-
-def test_what_a_crash_left_is_removed_at_the_next_start(rows, tmp_path):
-    with PromptStore.open(tmp_path / "store") as store:
-        version, _ = store.push(PromptFile(rows(1)), "general", "s50")
-        orphan = store._blobs.put(b"written, but its row never was")
-        store.idempotency.begin("k", "f")
-    with PromptStore.open(tmp_path / "store") as store:
-        assert store.stats().orphans_removed == 1
-        assert len(blob_files(tmp_path)) == 1
-        assert orphan[7:] not in blob_files(tmp_path)
-        assert store.load(version.digest) == rows(1)
-        assert store.idempotency.begin("k", "f").state == "new"
-
-
-def test_a_flipped_bit_is_refused_and_an_upload_heals_it(store, rows, tmp_path):
-    version, _ = store.push(PromptFile(rows(1)), "general", "s50")
-    store.push(PromptFile(rows(2)), "general", "s50")
-    [path] = [
-        p
-        for p in (tmp_path / "store" / "blobs" / "sha256").glob("*/*")
-        if rows(1).tensors["prompt_embeddings"].numpy().tobytes() in p.read_bytes()
-    ]
-    broken = bytearray(path.read_bytes())
-    broken[-5] ^= 4
-    path.write_bytes(broken)
-    for count in (1, 2):
-        with pytest.raises(CorruptBlob) as refused:
-            store.load(version.digest)
-        assert refused.value.digest == version.digest
-        assert store.stats().integrity_failures == count
-    with pytest.raises(CorruptBlob):
-        store.content("general", 1)
-    assert store.load(rows(2).digest) == rows(2)
-    assert store.push(PromptFile(rows(1)), "general", "s50") == (version, False)
-    assert store.load(version.digest) == rows(1)
-
-
-def test_a_blob_that_holds_another_prompt_is_refused(store, rows):
-    for seed in (1, 2):
-        store.push(PromptFile(rows(seed)), "general", "s50")
-    with store._database.write() as session:
-        session.execute(
-            text("UPDATE prompts SET blob = (SELECT blob FROM prompts WHERE digest = :d)"), {"d": rows(1).digest}
-        )
-    assert store.load(rows(1).digest) == rows(1)
-    with pytest.raises(CorruptBlob, match=f"are those of {rows(1).digest}"):
-        store.load(rows(2).digest)
-
-
-def test_a_full_disk_stores_nothing_and_recovers(store, rows, tmp_path, monkeypatch):
-    store.push(PromptFile(rows(1)), "general", "s50")
-    fsync = os.fsync
-    monkeypatch.setattr(
-        os, "fsync", lambda _fd: (_ for _ in ()).throw(OSError(errno.ENOSPC, "No space left on device"))
-    )
-    with pytest.raises(StorageFull):
-        store.push(PromptFile(rows(2)), "general", "s50")
-    assert [version.version for version in store.versions.list("general").items] == [1]
-    assert store.load(rows(1).digest) == rows(1)
-    monkeypatch.setattr(os, "fsync", fsync)
-    assert store.push(PromptFile(rows(2)), "general", "s50")[0].version == 2
-    assert len(blob_files(tmp_path)) == 2
-
-
-def test_a_full_database_says_so(store, rows):
-    store.push(PromptFile(rows(0)), "general", "s50")
-    with store._database.read() as session:
-        limit = session.execute(text("PRAGMA page_count")).scalar_one() + 8
-    store._database.close()  # connections made from now on take the limit
-    event.listen(store._database._engine, "connect", lambda c, _r: c.execute(f"PRAGMA max_page_count = {limit}"))
-    pushed = 1
-    with pytest.raises(StorageFull, match="full"):  # noqa: PT012
-        for seed in range(1, 500):
-            store.push(PromptFile(rows(seed), Provenance(train={"x": "y" * 4000})), "general", "s50")
-            pushed += 1
-    assert pushed > 1
-    assert [version.version for version in store.versions.list("general").items] == list(range(1, pushed + 1))
-    assert store.load(rows(pushed - 1).digest) == rows(pushed - 1)
-
-
-def test_sqlite_is_set_up_to_keep_what_it_acknowledged(store):
-    with store._database.read() as session:
-        pragma = {
-            p: session.execute(text(f"PRAGMA {p}")).scalar_one()
-            for p in ("journal_mode", "synchronous", "foreign_keys")
-        }
-    assert pragma == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1}
-
-
-def test_only_one_opens_it(store, tmp_path):
-    with pytest.raises(StoreLocked):
-        PromptStore.open(tmp_path / "store")
-
-
-def test_a_url_needs_a_place_for_blobs(tmp_path, rows):
-    with pytest.raises(ValueError, match="blobs"):
-        PromptStore.open(f"sqlite:///{tmp_path}/x.db")
-    with PromptStore.open(f"sqlite:///{tmp_path}/x.db", blobs=tmp_path / "b") as store:
-        store.push(PromptFile(rows(1)), "general", "s50")
-    with closing(sqlite3.connect(tmp_path / "x.db")) as database:
-        assert database.execute("SELECT count(*) FROM versions").fetchone() == (1,)
-
-
-def test_a_directory_of_any_name(tmp_path, rows):
-    with PromptStore.open(tmp_path / "a ?b#c%20d") as store:
-        store.push(PromptFile(rows(1)), "general", "s50")
-        store.check()
-    assert (tmp_path / "a ?b#c%20d" / "store.db").exists()
-
-
 def test_namespaces_do_not_see_each_other(tmp_path, rows):
     with PromptStore.open(tmp_path / "store", namespace="one") as store:
         store.push(PromptFile(rows(1)), "general", "s50")
@@ -465,62 +323,3 @@ def test_the_audit_log_tells_who_changed_what(store, rows):
     assert {(entry.actor, entry.request_id, entry.address) for entry in entries} == {("key_ann", "req-7", "192.0.2.1")}
     assert entries[0].subject == "general@1"
     assert entries[2].subject == f"general:default s50 {rows().base}"
-
-
-def test_many_threads_get_dense_numbers(store, rows):
-    """16 threads, 96 prompts of which a third is pushed three times: every number once, no lock shown to anybody."""
-    jobs = [(seed, f"task-{seed % 3}") for seed in range(96)] + [
-        (seed, f"task-{seed % 3}") for seed in range(0, 96, 3)
-    ] * 2
-    barrier = threading.Barrier(16)
-
-    def work(index: int) -> list[tuple[str, int, bool]]:
-        barrier.wait()
-        done = []
-        for seed, task in jobs[index::16]:
-            version, created = store.push(PromptFile(rows(seed)), task, "s50")
-            assert store.load(version.digest) == rows(seed)
-            done.append((task, version.version, created))
-        return done
-
-    with ThreadPoolExecutor(16) as pool:
-        made = [item for items in pool.map(work, range(16)) for item in items]
-    for task in ("task-0", "task-1", "task-2"):
-        assert sorted(number for name, number, created in made if name == task and created) == list(range(1, 33))
-        assert [version.version for version in store.versions.list(task).items] == list(range(1, 33))
-    assert len(made) == len(jobs)
-
-
-def test_two_who_move_an_alias_at_once(store, rows):
-    for seed in range(9):
-        store.push(PromptFile(rows(seed)), "general", "s50")
-    alias, _ = store.aliases.put("general", "default", 1)
-    barrier = threading.Barrier(8)
-
-    def move(version: int) -> bool:
-        barrier.wait()
-        try:
-            store.aliases.put("general", "default", version, expected=alias.revision)
-        except PreconditionFailed:
-            return False
-        return True
-
-    with ThreadPoolExecutor(8) as pool:
-        assert sum(pool.map(move, range(2, 10))) == 1
-
-
-def test_pushes_and_deletes_at_once_lose_no_bytes(store, rows, tmp_path):
-    """One prompt under two tasks, deleted and pushed against each other: a live version's bytes are always there."""
-
-    def churn(task: str) -> None:
-        for _ in range(15):
-            version, _ = store.push(PromptFile(rows(1)), task, "s50")
-            assert store.load(version.digest) == rows(1)
-            store.delete(task, version.version)
-        store.push(PromptFile(rows(1)), task, "s50")
-
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(churn, ["a", "b", "c", "d"]))
-    assert store.load(rows(1).digest) == rows(1)
-    assert len(blob_files(tmp_path)) == 1
-    assert [task.latest for task in store.versions.tasks().items] == [16] * 4

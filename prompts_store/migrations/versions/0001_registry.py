@@ -12,6 +12,7 @@ down_revision = None
 def upgrade() -> None:
     _create_books()
     _create_registry()
+    _create_pointers()
 
 
 def _create_books() -> None:
@@ -93,6 +94,9 @@ def _create_registry() -> None:
         ),
     )
     op.create_index("ix_versions_digest", "versions", ["digest"], unique=False)
+
+
+def _create_pointers() -> None:
     op.create_table(
         "aliases",
         sa.Column("namespace", sa.String(length=128), nullable=False),
