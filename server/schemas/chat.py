@@ -6,12 +6,14 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from server.schemas.common import Answer, Messages, ModelName, Policy, StitchedPrompt, Usage, refuse
+from server.schemas.common import Answer, Messages, ModelName, Policy, StitchedPrompt, Usage, example, refuse
 from server.schemas.sampling import ChatNeutralFields, OpenAIFields, SamplingFields, VllmNeutralFields
 
 
 class ChatBody(SamplingFields, OpenAIFields, ChatNeutralFields, VllmNeutralFields):
     """`model` is the base's name, a task, `task@3`, `task:alias` or `task@sha256:…`."""
+
+    model_config = example(model="general", messages=[{"role": "user", "content": "Good morning"}], stream=True)
 
     model: ModelName
     messages: Messages

@@ -37,6 +37,11 @@ class Answer(BaseModel):
     model_config = ConfigDict(protected_namespaces=())
 
 
+def example(**body: Any) -> ConfigDict:
+    """The configuration of a body with an example for the documentation."""
+    return ConfigDict(json_schema_extra={"examples": [body]})
+
+
 def refuse(param: str, message: str, code: str = "invalid_value") -> PydanticCustomError:
     """The error of a rule that spans fields. `param` is the JSON pointer of the one to change."""
     return PydanticCustomError("refused", "{why}", {"why": message, "param": param, "code": code})

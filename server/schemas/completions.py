@@ -16,6 +16,7 @@ from server.schemas.common import (
     Text,
     TokenIds,
     Usage,
+    example,
     is_text,
     list_of,
     one_of,
@@ -41,6 +42,8 @@ Input = Annotated[
 
 class CompletionBody(SamplingFields, OpenAIFields, CompletionNeutralFields, VllmNeutralFields):
     """`model` is the base's name, a task, `task@3`, `task:alias` or `task@sha256:…`."""
+
+    model_config = example(model="general", prompt=["Good morning", "Good night"], max_tokens=16, temperature=0)
 
     model: ModelName
     prompt: Input

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from server.schemas.common import MAX_REFERENCE, Answer, Messages, Policy, StitchedPrompt, Text, refuse
+from server.schemas.common import MAX_REFERENCE, Answer, Messages, Policy, StitchedPrompt, Text, example, refuse
 from server.schemas.sampling import SamplingFields
 
 Named = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
@@ -14,6 +14,8 @@ Named = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
 
 class GenerateBody(SamplingFields):
     """`text` or `messages`; `task` or `prompt` names what to stitch in front."""
+
+    model_config = example(text="Translate to French: good morning", task="general", max_tokens=32)
 
     text: Text | None = None
     messages: Messages | None = None

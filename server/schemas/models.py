@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from server.schemas.common import Answer, Body, Messages, ModelName, StitchedPrompt, Text, refuse
+from server.schemas.common import Answer, Body, Messages, ModelName, StitchedPrompt, Text, example, refuse
 
 
 class ModelAnswer(Answer):
@@ -29,6 +29,8 @@ class ModelList(Answer):
 
 class TokenizeBody(Body):
     """`prompt` or `messages`, as vLLM has it. `model`: the layout of its prompt decides about a BOS."""
+
+    model_config = example(prompt="Good morning")
 
     model: ModelName | None = None
     prompt: Text | None = None

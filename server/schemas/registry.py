@@ -10,7 +10,7 @@ from pydantic import Field
 
 from prompts_store.records import Alias, ApiKey, Page, RecordedMeasurement, Scope, TaskSummary, Version
 from prompts_store.reference import MAX_NAME
-from server.schemas.common import Answer, Body, NoNull
+from server.schemas.common import Answer, Body, NoNull, example
 
 TASK_PATTERN = r"^[a-z0-9]+([._-][a-z0-9]+)*$"
 ALIAS_PATTERN = r"^[a-zA-Z0-9_][a-zA-Z0-9._-]{0,127}$"
@@ -96,11 +96,17 @@ class TaskListing(Listing[VersionAnswer]):
 
 
 class AliasBody(Body):
+    model_config = example(version=1)
+
     version: Annotated[int, Field(ge=1, le=MAX_VERSION)]
 
 
 class MeasurementBody(Body):
     """A number measured on a served model. `dataset` is the digest of the scored data."""
+
+    model_config = example(
+        metric="perplexity", value=21.3, dataset="sha256:" + "0" * 64, split="test", served_level="w3g64"
+    )
 
     metric: Word
     value: float
@@ -127,6 +133,8 @@ class MeasurementAnswer(Answer):
 
 
 class KeyBody(Body):
+    model_config = example(name="app", scopes=["infer"])
+
     name: Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[\x20-\x7e]+$")]
     scopes: Annotated[list[Scope], Field(fail_fast=True, min_length=1, max_length=8)]
 

@@ -1,6 +1,5 @@
 """Clients that hang up: the engine is told within two seconds, whatever the request was doing."""
 
-import json
 import os
 import random
 import socket
@@ -8,20 +7,10 @@ import threading
 
 import pytest
 from support.fake_engine import FakeEngine
-from support.served import serving, stock, until
+from support.served import JSON, begin, serving, stock, until
 
 FULL = os.environ.get("PROMPTSTITCH_FULL") == "1"
-JSON = "Content-Type: application/json\r\n"
 ROUNDS = 200 if FULL else 20
-
-
-def begin(port: int, body: dict, path: str = "/v1/generate") -> socket.socket:
-    """Send a request and keep the connection."""
-    raw = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{JSON}Content-Length: {len(raw)}\r\n\r\n"
-    connection = socket.create_connection(("127.0.0.1", port), timeout=5)
-    connection.sendall(head.encode() + raw)
-    return connection
 
 
 def idle(served) -> bool:

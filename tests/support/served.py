@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +23,8 @@ from prompts_store.store import PromptStore
 from server.app import create_app
 from server.run import uvicorn_config
 from server.settings import Settings
+
+JSON = "Content-Type: application/json\r\n"
 
 
 def soft_prompt(seed: int = 0, n: int = 4, h: int = HIDDEN, base: str = BASE, **layout: Any) -> SoftPrompt:
@@ -110,3 +114,12 @@ def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
 def _port(server: uvicorn.Server) -> int:
     until(lambda: server.started)
     return int(server.servers[0].sockets[0].getsockname()[1])
+
+
+def begin(port: int, body: dict, path: str = "/v1/generate") -> socket.socket:
+    """Send a request and keep the connection."""
+    raw = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\n{JSON}Content-Length: {len(raw)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", port), timeout=5)
+    connection.sendall(head.encode() + raw)
+    return connection
