@@ -1,17 +1,21 @@
 """Linear layers as the model sees them: a thing that maps (T, K) to (T, N).
 
-`Linear` is the one interface; dense weights live here, packed ones in `llama.packed`. Each subclass is differentiable
-with respect to its input, since prompts are learned through the very weights that are served.
+`Linear` is the one interface; dense weights live here, packed ones in `llama.packed` and `llama.int4`. Every layer is
+differentiable with respect to its input, whatever kernel multiplies, since prompts are learned through the very
+weights that are served; the weights themselves never get a gradient.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+PREPACK_ROWS = 32  # the batch that the CPU library is told to expect; the speed at 1 and at 128 rows is the same
 
 
 class Linear(nn.Module):
@@ -32,23 +36,74 @@ class Linear(nn.Module):
         raise TypeError(f"{type(self).__name__} does not say what it holds")
 
     def prepare(self) -> None:
-        """Rearrange the weights for serving, in place; afterwards no gradient flows. Does nothing by default."""
+        """Rearrange the weights for serving, in place. Does nothing by default."""
 
 
-class DenseLinear(Linear):
-    """Weights in the compute dtype."""
+class OpaqueLinear(Linear):
+    """A product that autograd cannot see into: `product` multiplies by any kernel, `pullback` is its derivative."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad and torch.is_grad_enabled():
+            y: Tensor = _Opaque.apply(x, self)  # type: ignore[no-untyped-call]
+            return y
+        return self.product(x)
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (T, K) → x Wᵀ + b (T, N)."""
+        raise TypeError(f"{type(self).__name__} does not say how to multiply")
+
+    def pullback(self, dy: Tensor) -> Tensor:
+        """dY (T, N) → dX = dY W (T, K)."""
+        return dy @ self.dense()
+
+
+class _Opaque(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: OpaqueLinear) -> Tensor:
+        ctx.layer = layer
+        return layer.product(x)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        return ctx.layer.pullback(dy), None
+
+
+class DenseLinear(OpaqueLinear):
+    """Weights in the compute dtype.
+
+    `prepare` puts bf16 weights on the CPU into the blocked layout of oneDNN, in place of the plain one: half as fast
+    again with one row, a tenth faster with 32. In fp32 one row gets slower by it, so fp32 stays as it is.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight.shape
-        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.prepacked: Tensor | None
+        self.register_buffer("prepacked", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return super().forward(x) if self.weight is None else F.linear(x, self.weight, self.bias)
+
+    def product(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.prepacked, self.bias, "none", [], "")
+        return y
 
     def dense(self) -> Tensor:
-        return self.weight
+        if self.weight is not None:
+            return self.weight
+        assert self.prepacked is not None
+        return self.prepacked.to_dense()
+
+    def prepare(self) -> None:
+        weight = self.weight
+        if weight is None or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
+            return
+        if torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            self.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PREPACK_ROWS)
+            self.weight = None
 
 
 class FusedLinear(Linear):

@@ -1,0 +1,112 @@
+"""Layers from the matrices of a checkpoint: which class holds them, allocated once and filled by rows.
+
+Matrices over one input become one layer (q, k and v; gate and up) wherever they are kept alike. Knows no file layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from llama.errors import BrokenCheckpoint
+from llama.formats.bitsandbytes import NF4_VALUES
+from llama.formats.matrix import DenseMatrix, IntMatrix, Matrix, Nf4Matrix
+from llama.int4 import GROUPS, Int4Linear, kernel_block
+from llama.linear import DenseLinear, FusedLinear, Linear
+from llama.packed import TWOS_COMPLEMENT, CodebookLinear, Int8Linear, PackedLinear, scale_dtype
+
+FILL_WEIGHTS = 1 << 20  # read, quantised and packed at once
+ROW_ALIGNMENT = 64  # of what is filled at once: whole blocks of every layer class
+
+M = TypeVar("M", bound=Matrix)
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where a layer is to live and what it computes in."""
+
+    dtype: torch.dtype
+    device: torch.device
+
+
+def build_linear(module: str, parts: Sequence[Matrix], bias: Tensor | None, target: Target) -> Linear:
+    """One layer whose output is that of `parts` side by side; bias (N,) in the compute dtype.
+
+    Raises BrokenCheckpoint naming `module` where scales are not finite, and what the matrices raise.
+    """
+    dense = [part for part in parts if isinstance(part, DenseMatrix)]
+    if len(dense) == len(parts):
+        return DenseLinear(dense_weight(dense, target), bias)
+    ints = [part for part in parts if isinstance(part, IntMatrix)]
+    if len(ints) == len(parts) and _alike(ints):
+        return _fill(module, _int_layer(ints, bias, target), ints)
+    nf4 = [part for part in parts if isinstance(part, Nf4Matrix)]
+    if len(nf4) == len(parts) and len({part.block for part in nf4}) == 1:
+        block, scales = nf4[0].block, torch.float32
+        layer = CodebookLinear(_shape(nf4), NF4_VALUES, block, scales, target.dtype, target.device, bias)
+        return _fill(module, layer, nf4)
+    biases = [None] * len(parts) if bias is None else torch.split(bias, [part.shape[0] for part in parts])
+    return FusedLinear([build_linear(module, [p], b, target) for p, b in zip(parts, biases, strict=True)])
+
+
+def dense_weight(parts: Sequence[DenseMatrix], target: Target) -> Tensor:
+    """The matrices' rows one under another (N, K)."""
+    weight = torch.empty(_shape(parts), dtype=target.dtype, device=target.device)
+    for part, start, stop, at in _pieces(parts):
+        weight[at : at + stop - start] = part.rows(start, stop)
+    return weight
+
+
+def _int_layer(parts: Sequence[IntMatrix], bias: Tensor | None, target: Target) -> PackedLinear:
+    """The fastest layer class that holds them."""
+    shape, group, order = _shape(parts), parts[0].group, parts[0].order
+    order = None if order is None else order.to(target.device)
+    offsets = any(part.has_offsets for part in parts)
+    if parts[0].bits > 4:
+        return Int8Linear(shape, group, target.dtype, target.device, bias, order, offsets)
+    if target == Target(torch.bfloat16, torch.device("cpu")) and group in GROUPS:
+        block = kernel_block()
+        if block is not None and all(part.shape[0] % block == 0 for part in parts):
+            return Int4Linear(shape, group, block, bias, order)
+    scales = scale_dtype(target.dtype)
+    return CodebookLinear(shape, TWOS_COMPLEMENT, group, scales, target.dtype, target.device, bias, order, offsets)
+
+
+def _fill(module: str, layer: PackedLinear, parts: Sequence[IntMatrix | Nf4Matrix]) -> PackedLinear:
+    for part, start, stop, at in _pieces(parts, layer.row_step):
+        rows = part.rows(start, stop)
+        if not bool(torch.isfinite(rows.scales).all()):
+            raise BrokenCheckpoint(f"{module}: a scale is NaN or infinite")
+        layer.fill(at, *rows)
+    return layer
+
+
+def _alike(parts: Sequence[IntMatrix]) -> bool:
+    """Whether one layer can hold them all."""
+    first = parts[0]
+    same_kind = all((part.bits > 4, part.group) == (first.bits > 4, first.group) for part in parts)
+    return same_kind and all(_same_order(part.order, first.order) for part in parts)
+
+
+def _same_order(a: Tensor | None, b: Tensor | None) -> bool:
+    return a is b or (a is not None and b is not None and torch.equal(a, b))
+
+
+def _shape(parts: Sequence[Matrix]) -> tuple[int, int]:
+    return sum(part.shape[0] for part in parts), parts[0].shape[1]
+
+
+def _pieces(parts: Sequence[M], row_step: int = 1) -> Iterator[tuple[M, int, int, int]]:
+    """Each matrix in pieces of rows: (matrix, start, stop, where its first row goes)."""
+    offset = 0
+    for part in parts:
+        n, k = part.shape
+        aligned = ROW_ALIGNMENT * row_step
+        step = max(1, FILL_WEIGHTS // (k * aligned)) * aligned
+        for start in range(0, n, step):
+            yield part, start, min(start + step, n), offset + start
+        offset += n

@@ -1,0 +1,109 @@
+"""The compressed-tensors layout `pack-quantized`: integers of 2 to 8 bits, what `vllm` and `transformers` read.
+
+Beside each module: `weight_packed` (N, words) int32, K values packed along each row, stored as value + 2**(bits - 1);
+`weight_scale` (N, K / group), or (N, 1) for one scale a row; `weight_shape` = [N, K]; for asymmetric grids
+`weight_zero_point` (words, K / group), packed along N; from older versions with act-order `weight_g_idx` (K,), the
+group of each input, -1 if not used. Where 32 is no multiple of the bits, values cross words (current versions) or leave
+a gap at the top of each word (older ones); the width tells which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from llama.bits import padded_words, stream_words, unpack_padded, unpack_stream
+from llama.checkpoint import Checkpoint
+from llama.errors import BrokenCheckpoint, UnsupportedModel
+from llama.formats.matrix import FLOATS, DenseMatrix, IntMatrix, Matrix, Rows, Zeros, group_order
+
+BITS = range(2, 9)
+STRATEGIES = ("group", "channel")
+
+
+class PackQuantizedFormat:
+    """Raises UnsupportedModel for schemes that also quantise activations, or otherwise go beyond packed integers."""
+
+    def __init__(self, checkpoint: Checkpoint, quantisation: Mapping[str, Any]) -> None:
+        schemes = list((quantisation.get("config_groups") or {}).values())
+        if not schemes:
+            raise BrokenCheckpoint("config.json: quantization_config.config_groups is empty")
+        for scheme in schemes:
+            _check_scheme(scheme)
+        for field in ("kv_cache_scheme", "transform_config"):
+            if quantisation.get(field):
+                raise UnsupportedModel(f"compressed-tensors with {field} is not supported")
+        if (quantisation.get("sparsity_config") or {}).get("format", "dense") != "dense":
+            raise UnsupportedModel("compressed-tensors with sparse storage is not supported; supported: pack-quantized")
+        weights = schemes[0]["weights"]
+        self._bits: int = weights["num_bits"]
+        self._group: int = weights.get("group_size") or -1
+        self._checkpoint = checkpoint
+
+    def matrix(self, module: str, shape: tuple[int, int]) -> Matrix:
+        if f"{module}.weight_packed" not in self._checkpoint:
+            return DenseMatrix(self._checkpoint, f"{module}.weight", shape)
+        group = self._group if self._group > 0 else shape[1]
+        return PackQuantizedMatrix(self._checkpoint, module, shape, self._bits, group)
+
+
+class PackQuantizedMatrix(IntMatrix):
+    """One module's tensors."""
+
+    def __init__(self, checkpoint: Checkpoint, module: str, shape: tuple[int, int], bits: int, group: int) -> None:
+        n, k = shape
+        if k % group:
+            raise UnsupportedModel(f"{module}: {k} inputs cannot be cut into groups of {group}")
+        self.shape, self.bits, self.group = shape, bits, group
+        self._checkpoint, self._module = checkpoint, module
+        if f"{module}.weight_shape" in checkpoint and checkpoint.tensor(f"{module}.weight_shape").tolist() != [n, k]:
+            raise BrokenCheckpoint(f"{module}.weight_shape is not {[n, k]}")
+        widths = (stream_words(k, bits), padded_words(k, bits))
+        width = checkpoint.shape(f"{module}.weight_packed")[-1]
+        checkpoint.expect(f"{module}.weight_packed", (n, width if width in widths else widths[0]), ("I32",))
+        self._unpack = unpack_stream if width == widths[0] else unpack_padded
+        checkpoint.expect(f"{module}.weight_scale", (n, k // group), FLOATS)
+        self._zeros = Zeros(bits, self._zero_points())
+        self.has_offsets = self._zeros.offset_needed
+        if f"{module}.weight_g_idx" in checkpoint:
+            checkpoint.expect(f"{module}.weight_g_idx", (k,), ("I32", "I64"))
+            g_idx = checkpoint.tensor(f"{module}.weight_g_idx")
+            self.order = None if bool((g_idx == -1).all()) else group_order(module, g_idx, group)
+
+    def rows(self, start: int, stop: int) -> Rows:
+        words = self._checkpoint.rows(f"{self._module}.weight_packed", start, stop)
+        codes = self._unpack(words, self.bits, self.shape[1])
+        if self.order is not None:
+            codes = codes.index_select(1, self.order)
+        scales = self._checkpoint.rows(f"{self._module}.weight_scale", start, stop)
+        return self._zeros.centred(start, stop, codes.contiguous(), scales)
+
+    def _zero_points(self) -> Tensor | None:
+        """(N, K / group) uint8, or None for a symmetric grid."""
+        name = f"{self._module}.weight_zero_point"
+        if name not in self._checkpoint:
+            return None
+        n, groups = self.shape[0], self.shape[1] // self.group
+        count = stream_words if self._unpack is unpack_stream else padded_words
+        self._checkpoint.expect(name, (count(n, self.bits), groups), ("I32",))
+        words = self._checkpoint.tensor(name).t()
+        return self._unpack(words, self.bits, n).t().contiguous()
+
+
+def _check_scheme(scheme: Mapping[str, Any]) -> None:
+    for field in ("input_activations", "output_activations"):
+        if scheme.get(field):
+            raise UnsupportedModel(f"compressed-tensors with {field} is not supported; supported: weights alone")
+    weights = scheme.get("weights") or {}
+    bits, kind, strategy = (
+        weights.get("num_bits"),
+        weights.get("type", "int"),
+        weights.get("strategy", "group"),
+    )
+    if bits not in BITS or kind != "int" or strategy not in STRATEGIES:
+        raise UnsupportedModel(
+            f"compressed-tensors weights of {bits!r} bits, type {kind!r}, strategy {strategy!r}; supported: "
+            f"{BITS.start} to {BITS.stop - 1} bits, type 'int', strategy {' or '.join(STRATEGIES)}"
+        )

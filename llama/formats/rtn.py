@@ -1,0 +1,20 @@
+"""Integer weights made at load, by rounding a dense checkpoint to the nearest points of a grid (`llama.rtn`)."""
+
+from __future__ import annotations
+
+import torch
+
+from llama import rtn
+from llama.formats.matrix import DenseMatrix, IntMatrix, Rows
+
+
+class MadeInt(IntMatrix):
+    """A dense matrix on a symmetric grid."""
+
+    def __init__(self, dense: DenseMatrix, grid: rtn.Grid) -> None:
+        self.shape, self.bits, self.group = dense.shape, grid.bits, grid.group
+        self._dense = dense
+
+    def rows(self, start: int, stop: int) -> Rows:
+        weights = self._dense.rows(start, stop).to(torch.float32)
+        return Rows(*rtn.quantise(weights, self.bits, self.group))

@@ -1,0 +1,127 @@
+"""From a checkpoint's folder to a model that is ready to serve, score or learn.
+
+Every layer is allocated once, in the form in which it will be used, and filled from memory-mapped files about a million
+weights at a time: the peak of anonymous memory is the resident model and a few pieces. Knows no scheduler.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from llama.assemble import Assembly
+from llama.build import Target
+from llama.checkpoint import Checkpoint
+from llama.config import LlamaConfig
+from llama.errors import UnsupportedModel
+from llama.formats import format_at_load, stored_format
+from llama.identity import Identity, identify
+from llama.model import Llama
+
+Progress = Callable[[str, int, int], None]  # step, bytes done, bytes in all
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True, slots=True)
+class LoadedModel:
+    """A model and who it is. Bytes are real ones: tensors in memory (scales and copies counted), files on disk."""
+
+    model: Llama
+    identity: Identity
+    resident_bytes: int
+    disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ModelInfo:
+    """What can be told without loading. `parameters` are those of the dense model."""
+
+    config: LlamaConfig
+    identity: Identity
+    parameters: int
+    disk_bytes: int
+
+
+def load(
+    directory: Path,
+    *,
+    level: str | None = None,
+    dtype: str = "auto",
+    device: str = "auto",
+    base: str | None = None,
+    prepare: bool = True,
+    progress: Progress | None = None,
+) -> LoadedModel:
+    """The checkpoint in `directory`, quantised to `level` on the way if it is dense and a level is given.
+
+    `dtype` is one of DTYPES or auto, `device` cpu, cuda, cuda:<i> or auto; `base` as in `identify`; `prepare`
+    rearranges dense weights for faster products, at the price of a second copy of tied embeddings. Raises ModelError.
+    """
+    place = choose_device(device)
+    target = Target(choose_dtype(dtype, place), place)
+    identity = identify(directory, level, base)
+    checkpoint = Checkpoint(directory)
+    stored = stored_format(checkpoint)
+    weights = stored if identity.at_load is None else format_at_load(checkpoint, identity.at_load)
+    disk_bytes = checkpoint.disk_bytes()
+    report = progress or (lambda step, done, total: None)
+    model = Assembly(checkpoint, weights, target, prepare).model(
+        lambda share: report("load", int(share * disk_bytes), disk_bytes)
+    )
+    return LoadedModel(model, identity, resident_bytes(model), disk_bytes)
+
+
+def info(directory: Path, *, level: str | None = None, base: str | None = None) -> ModelInfo:
+    """What `load` would give, without loading. Raises ModelError."""
+    checkpoint = Checkpoint(directory)
+    stored_format(checkpoint)
+    identity = identify(directory, level, base)
+    return ModelInfo(checkpoint.config, identity, parameters(checkpoint.config), checkpoint.disk_bytes())
+
+
+def parameters(config: LlamaConfig) -> int:
+    """Weights of the dense model, tied embeddings counted once."""
+    h, heads = config.hidden_size, (config.num_heads + config.num_kv_heads) * config.head_dim
+    per_layer = 2 * h * heads + 3 * h * config.intermediate_size + 2 * h
+    per_layer += config.attention_bias * (heads + config.num_kv_heads * config.head_dim + h)
+    per_layer += config.mlp_bias * (2 * config.intermediate_size + h)
+    tables = config.vocab_size * h * (1 if config.tied else 2)
+    return tables + config.num_layers * per_layer + h
+
+
+def resident_bytes(model: nn.Module) -> int:
+    """Bytes of every tensor of the model, shared ones counted once."""
+    tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
+    plain = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_mkldnn}
+    blocked = sum(int(torch.ops.mkldnn._nbytes(t)) for t in tensors if t.is_mkldnn)
+    return sum(plain.values()) + blocked
+
+
+def choose_device(name: str) -> torch.device:
+    """`auto` is the first CUDA device if there is one. Raises UnsupportedModel."""
+    if name == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise UnsupportedModel(f"device is {name!r}; supported: auto, cpu, cuda, cuda:<i>") from error
+    if device.type not in ("cpu", "cuda"):
+        raise UnsupportedModel(f"device is {name!r}; supported: auto, cpu, cuda, cuda:<i>")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise UnsupportedModel(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
+    return device
+
+
+def choose_dtype(name: str, device: torch.device) -> torch.dtype:
+    """`auto` is bf16 where the hardware multiplies it, else fp32. Raises UnsupportedModel."""
+    if name == "auto":
+        fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        return torch.bfloat16 if fast else torch.float32
+    if name not in DTYPES:
+        raise UnsupportedModel(f"dtype is {name!r}; supported: auto, {', '.join(DTYPES)}")
+    return DTYPES[name]
