@@ -22,7 +22,7 @@ from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import DBAPIError, OperationalError
 from sqlalchemy.orm import Session, sessionmaker
 
-from prompts_store.errors import SchemaTooNew, StorageFull, StoreUnreadable
+from prompts_store.errors import SchemaTooNew, StorageFull, StoreError
 
 Clock = Callable[[], datetime]
 SQLITE_BUSY_SECONDS = 30
@@ -73,7 +73,7 @@ class Database:
             yield
 
     def migrate(self) -> None:
-        """Create the schema, or bring it up to date. Raises SchemaTooNew, StorageFull, StoreUnreadable."""
+        """Create the schema, or bring it up to date. Raises SchemaTooNew, StorageFull, StoreError."""
         config = Config()
         config.set_main_option("script_location", "prompts_store:migrations")
         known = {script.revision for script in ScriptDirectory.from_config(config).walk_revisions()}
@@ -124,7 +124,8 @@ def _unreadable() -> Iterator[None]:
     try:
         yield
     except DBAPIError as error:
-        raise StoreUnreadable(f"the store's database does not open: {error.orig}") from error
+        message = f"the store's database does not open: {error.orig}"
+        raise StoreError(message, code="store_unreadable") from error
 
 
 @contextmanager

@@ -16,7 +16,6 @@
     ├── CorruptBlob            stored bytes are not what their digest says; never served
     ├── StorageFull            the disk takes no more bytes
     ├── StoreLocked            another process holds the store
-    ├── StoreUnreadable        the database does not open
     └── SchemaTooNew           the database was written by a newer release
 
 Every error has a stable `code`, a `message` that says what to do, and `field`: the input that is wrong, or None.
@@ -145,12 +144,6 @@ class StoreLocked(StoreError):
     """One process at a time holds a local store."""
 
     code = "store_locked"
-
-
-class StoreUnreadable(StoreError):
-    """No database answers at that place, or what is there is none."""
-
-    code = "store_unreadable"
 
 
 class SchemaTooNew(StoreError):

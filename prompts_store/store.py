@@ -73,7 +73,8 @@ class PromptStore:
     ) -> PromptStore:
         """`location` is a directory, made where it is missing, or an SQLAlchemy URL with a `blobs` directory beside it.
 
-        Raises StoreLocked, SchemaTooNew, StoreUnreadable, StorageFull; ValueError for a URL without `blobs`.
+        Raises StoreLocked, SchemaTooNew, StorageFull; StoreError where no database opens; ValueError for a URL
+        without `blobs`.
         """
         url: str | URL
         if "://" in str(location):

@@ -6,7 +6,7 @@ from contextlib import closing
 import pytest
 from sqlalchemy import create_engine
 
-from prompts_store.errors import SchemaTooNew, StoreUnreadable
+from prompts_store.errors import SchemaTooNew, StoreError
 from prompts_store.file import PromptFile
 from prompts_store.store import PromptStore
 from prompts_store.tables import Base
@@ -48,8 +48,9 @@ def test_a_newer_schema_is_refused_and_left_alone(tmp_path, rows):
 def test_what_is_no_database_is_said_to_be_none(tmp_path):
     (tmp_path / "store.db").write_bytes(b"Dear diary, " * 1000)
     for _ in range(2):
-        with pytest.raises(StoreUnreadable, match="not a database"):
+        with pytest.raises(StoreError, match="not a database") as refused:
             PromptStore.open(tmp_path)
+        assert refused.value.code == "store_unreadable"
 
 
 def test_a_database_that_died_before_its_schema_was_whole_starts_anew(tmp_path):
