@@ -30,7 +30,7 @@ def open_store(settings: Settings) -> PromptStore:
     try:
         return PromptStore.open(settings.store, blobs=settings.blobs)
     except StoreLocked as error:
-        raise CommandError(f"{error.message}. If that is a server, talk to it with --url") from error
+        raise CommandError(f"{error.message} (--url)") from error
 
 
 class LocalRegistry:

@@ -49,11 +49,11 @@ def tell(value: Mapping[str, Any], as_json: bool) -> None:
     """One thing: a line for each field that is set."""
     if as_json:
         return tell_json(value)
-    grid = Table.grid(padding=(0, 2))
-    for name, field in value.items():
-        if field is not None and field != []:
-            grid.add_row(name.replace("_", " "), _shown(field))
-    return _stdout().print(grid)
+    shown = {name.replace("_", " "): _shown(field) for name, field in value.items() if field not in (None, [])}
+    width = max(map(len, shown))
+    for name, text in shown.items():
+        say(f"{name:<{width}}  {text}")
+    return None
 
 
 def tell_list(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], as_json: bool, nothing: str) -> None:
