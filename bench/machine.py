@@ -8,13 +8,15 @@ from __future__ import annotations
 import platform
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import psutil
 
 
 def describe() -> dict[str, str | int]:
     """What a figure needs beside it to mean anything."""
-    cpuinfo = open("/proc/cpuinfo").read() if platform.system() == "Linux" else ""  # noqa: SIM115
+    source = Path("/proc/cpuinfo")
+    cpuinfo = source.read_text() if source.exists() else ""
     fields = dict(line.split("\t", 1) for line in cpuinfo.split("\n\n")[0].splitlines() if "\t" in line)
     flags = fields.get("flags", "").split()
     return {

@@ -11,6 +11,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import shutil
+import signal
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -85,6 +87,7 @@ def main(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
 ) -> None:
     """Race ours against the peers."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that no server outlives the race
     checkpoint = checkpoint.absolute()
     store = Path(tempfile.mkdtemp(prefix="side-by-side-"))
     names = soft_prompts.write_prompts(checkpoint, root / "prompts", prompts, rows)

@@ -30,18 +30,10 @@ def checkpoint(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def contestant():
-    return fake_contestant("fake")
-
-
-def fake_contestant(name, prepare=None):
-    command = [sys.executable, str(FAKE_SERVER), "{port}"]
-    return Contestant(name, "bf16", command, forms.named("base"), prepare=prepare)
-
-
 @pytest.fixture(scope="session")
 def fake(tmp_path_factory):
     """URL of a fake server."""
-    with serving(fake_contestant("fake"), tmp_path_factory.mktemp("logs") / "fake.log") as running:
+    command = [sys.executable, str(FAKE_SERVER), "{port}"]
+    contestant = Contestant("fake", "bf16", command, forms.named("base"))
+    with serving(contestant, tmp_path_factory.mktemp("logs") / "fake.log") as running:
         yield running.url
