@@ -45,7 +45,8 @@ def test_mixed_batch_under_page_pressure(make_engine, reference, prompts):
     """32 at once with and without prompts on few pages: preempted, chunked, shared, and still exact."""
     engine = make_engine(kv_bytes=400 * 4 * 2 * 2 * 2 * 16 * 4 // 2, max_running=32, max_batch_tokens=40)
     answers = [
-        ask(engine, text(TEXTS.choice((1, 3, 8, 30, 90, 300))), TEXTS.choice(prompts), max_tokens=24) for _ in range(64)
+        ask(engine, text(TEXTS.choice((1, 3, 8, 30, 90, 300))), TEXTS.choice(prompts), max_tokens=24)
+        for _ in range(200)
     ]
     for answer in answers[::8]:
         engine.cancel(answer.request.request_id)
