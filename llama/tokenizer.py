@@ -30,7 +30,9 @@ class HubTokenizer:
     def __init__(self, directory: Path) -> None:
         """Raises BrokenCheckpoint if there is none that loads, or only one without a fast backend."""
         try:
-            self._hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+            self._hf = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise BrokenCheckpoint(f"{directory}: the tokenizer does not load: {error}") from error
         if not self._hf.is_fast:
