@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
+from sqlalchemy.exc import SQLAlchemyError
+
 from cli.model import find_model
 from cli.output import CommandError
 from cli.registry import Answer, Source, Task
@@ -25,12 +27,14 @@ PAGE = 1000
 def open_store(settings: Settings) -> PromptStore:
     """The store of the settings. Raises CommandError, StoreError."""
     if "://" in settings.store and settings.blobs is None:
-        message = "--store is a URL: say where the prompts' bytes lie, by PROMPTSTITCH_BLOBS or `blobs` in --config"
+        message = "--store is a URL: say where the prompts' bytes lie: --blobs, PROMPTSTITCH_BLOBS"
         raise CommandError(message, usage=True)
     try:
         return PromptStore.open(settings.store, blobs=settings.blobs)
     except StoreLocked as error:
         raise CommandError(f"{error.message} (--url)") from error
+    except SQLAlchemyError as error:
+        raise CommandError(f"--store: {str(error).splitlines()[0]}") from error
 
 
 class LocalRegistry:

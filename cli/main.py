@@ -15,6 +15,9 @@ from cli import convert, generate, info, keys, prompts, pull, serve
 from cli.options import with_flags
 from cli.output import CommandError, complain
 
+# The option that helps, by the code of an error of the registry, which knows of no options.
+OPTIONS = {"base_unknown": "--model", "level_unknown": "--level", "level_mismatch": "--level", "bos_mismatch": "--bos"}
+
 
 class Commands(TyperGroup):
     """The group of all commands: what one of them raises on purpose becomes lines on stderr and an exit code."""
@@ -40,7 +43,8 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, SettingsError):
         return "\n".join(with_flags(fault) for fault in error.faults), 2
     if isinstance(error, StoreError):
-        return error.message, 2 if isinstance(error, BadKey | BadLevel | BadReference | InvalidArtifact) else 1
+        hint = f" ({OPTIONS[error.code]})" if error.code in OPTIONS else ""
+        return error.message + hint, 2 if isinstance(error, BadKey | BadLevel | BadReference | InvalidArtifact) else 1
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 1
     from llama.errors import ModelError

@@ -11,7 +11,7 @@ from pathlib import Path
 from cli.output import CommandError, Steps
 from engine.engine import LocalEngine, ServedModel
 from engine.options import EngineOptions
-from llama.load import info, load
+from llama.load import choose_device, choose_dtype, info, load
 from llama.pull import default_folder, pull
 from llama.tokenizer import HubTokenizer
 from prompts_store.file import read_prompt
@@ -35,17 +35,20 @@ def find_model(name: str) -> Path:
 def to_serve(settings: Settings, steps: Steps) -> Settings:
     """The settings with the model's folder in `model`, and what its being the embedded one brings with it.
 
-    The embedded model is fetched where it is missing and served at EMBEDDED_LEVEL unless a level is given. The prompts
-    that the package ships for this model are those that a new registry starts with, unless others are named.
-    Raises CommandError, ModelError.
+    By its name, the embedded model is fetched where it is missing and served at EMBEDDED_LEVEL unless a level is given;
+    any folder is served as it is stored. The prompts that the package ships for a base are those that a new registry
+    starts with, unless others are named.
+    What can be found wrong without loading is found here. Raises CommandError, ModelError.
     """
     if settings.model == EMBEDDED and not Path(EMBEDDED).is_dir() and not default_folder(EMBEDDED).is_dir():
         pull(EMBEDDED, progress=steps)
     folder = find_model(settings.model)
     stored = info(folder, base=settings.base).identity
+    choose_dtype(settings.dtype, choose_device(settings.device))
     level = settings.level
-    if level is None and (stored.name, stored.level) == (EMBEDDED, "dense"):
+    if level is None and settings.model == EMBEDDED and stored.level == "dense":
         level = EMBEDDED_LEVEL
+    info(folder, level=level, base=settings.base)
     seeds = settings.seed_prompts or tuple(seed for seed in shipped_prompts() if _base_of(seed) == stored.base)
     return settings.model_copy(update={"model": str(folder), "level": level, "seed_prompts": seeds})
 
@@ -57,7 +60,7 @@ def shipped_prompts() -> list[Path]:
 
 
 def start_engine(settings: Settings, steps: Steps) -> LocalEngine:
-    """Load the model in the folder `settings.model` and start its loop. Raises ModelError, ValueError."""
+    """Load the model in the folder `settings.model` and start its loop. Raises ModelError, CommandError."""
     folder = Path(settings.model)
     loaded = load(
         folder,
@@ -69,7 +72,10 @@ def start_engine(settings: Settings, steps: Steps) -> LocalEngine:
     )
     identity = loaded.identity
     served = ServedModel(identity.name, identity.base, identity.level, identity.weights, loaded.resident_bytes)
-    return LocalEngine(loaded.model, HubTokenizer(folder), served, _options(settings))
+    try:
+        return LocalEngine(loaded.model, HubTokenizer(folder), served, _options(settings))
+    except ValueError as error:  # a KV cache too small to be of use
+        raise CommandError(str(error)) from error
 
 
 def _options(settings: Settings) -> EngineOptions:

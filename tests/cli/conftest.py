@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support import tiny
-from support.fake_engine import BASE
+from support.fake_engine import BASE, HIDDEN
 from support.served import prompt_bytes, serving
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from typer.testing import CliRunner, Result
@@ -72,9 +72,9 @@ def byte_tokenizer(adds_bos: bool) -> Tokenizer:
     return tokenizer
 
 
-def checkpoint(folder: Path, adds_bos: bool = False) -> Path:
+def checkpoint(folder: Path, adds_bos: bool = False, **shape: int) -> Path:
     """The tiny model of `support.tiny`, with its manifest."""
-    tiny.reference().save_pretrained(folder)
+    tiny.reference(**shape).save_pretrained(folder)
     byte_tokenizer(adds_bos).save(str(folder / "tokenizer.json"))
     names = {"bos_token": "<bos>", "eos_token": "<eos>", "pad_token": "<pad>"}
     told = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
@@ -93,6 +93,18 @@ def model(tmp_path_factory) -> Path:
 def model_with_bos(tmp_path_factory) -> Path:
     """The same, but its tokenizer puts a BOS before plain text."""
     return checkpoint(tmp_path_factory.mktemp("models") / "tiny-bos", adds_bos=True)
+
+
+@pytest.fixture(scope="session")
+def narrow() -> dict[str, int]:
+    """The shape of a model that is as wide as the fake engine says it is."""
+    return {"hidden_size": HIDDEN, "num_attention_heads": 2, "num_key_value_heads": 1}
+
+
+@pytest.fixture(scope="session")
+def narrow_model(tmp_path_factory, narrow) -> Path:
+    """A checkpoint of that shape."""
+    return checkpoint(tmp_path_factory.mktemp("models") / "narrow", **narrow)
 
 
 @pytest.fixture(scope="session")

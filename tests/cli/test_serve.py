@@ -1,0 +1,156 @@
+"""`promptstitch serve` as a process: what it prints, what it seeds, how it ends; and settings that do not hold."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+import signal
+import subprocess
+import sys
+
+import httpx
+import pytest
+
+from cli.model import EMBEDDED, EMBEDDED_LEVEL, shipped_prompts, to_serve
+from cli.options import flag
+from cli.serve import PANELS
+from prompts_store.file import read_prompt
+from server.settings import Settings, load_settings
+
+COMMAND = (sys.executable, "-c", "from cli.main import main; main()")
+
+
+def test_every_setting_is_an_option_once(cli):
+    shown = cli("serve", "--help").stdout
+    options = re.findall(r"^│ (--[a-z-]+)", shown, re.MULTILINE)
+    assert sorted(options) == sorted([*map(flag, Settings.model_fields.keys() - {"model"}), "--config", "--help"])
+    assert sorted(name for names in PANELS.values() for name in names) == sorted(
+        Settings.model_fields.keys() - {"model"}
+    )
+    for name, field in Settings.model_fields.items():
+        assert name == "model" or field.description
+
+
+@pytest.mark.parametrize("words", [(), ("serve",), ("generate",), ("prompts",), ("prompts", "from-text"), ("keys",)])
+def test_help_loads_neither_torch_nor_a_web_framework(words):
+    """--help took as long as importing torch: seconds."""
+    script = (
+        "import sys, contextlib\n"
+        "from cli.main import app\n"
+        f"with contextlib.suppress(SystemExit): app({[*words, '--help']!r})\n"
+        "assert not {'torch', 'transformers', 'fastapi', 'sqlalchemy'} & sys.modules.keys(), sys.modules.keys()"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "Usage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("--port", "99999"), ["--port (PROMPTSTITCH_PORT)"]),
+        (("--port", "x", "--level", "four"), ["--level (PROMPTSTITCH_LEVEL)", "--port (PROMPTSTITCH_PORT)"]),
+        (("--max-body", "much"), ["--max-body (PROMPTSTITCH_MAX_BODY)"]),
+        (("--config", "missing.toml"), ["--config missing.toml"]),
+        (("--seed-prompts", "missing"), ["--seed-prompts (PROMPTSTITCH_SEED_PROMPTS)"]),
+    ],
+)
+def test_bad_settings_end_with_2_and_a_line_each(cli, words, named):
+    refused = cli("serve", *words)
+    assert refused.exit_code == 2
+    lines = refused.stderr.splitlines()
+    assert len(lines) == len(named)
+    assert all(line.startswith(f"error: {name}") for line, name in zip(lines, named, strict=True))
+
+
+def test_an_unknown_variable_is_a_bad_setting(cli, monkeypatch):
+    monkeypatch.setenv("PROMPTSTITCH_PROT", "1")
+    refused = cli("serve")
+    assert refused.exit_code == 2
+    assert "PROMPTSTITCH_PORT" in refused.stderr
+
+
+def test_flags_come_before_variables_before_the_file(tmp_path, monkeypatch, cli):
+    """Each source in turn names a model that is not there, and the error says which was taken."""
+    toml = tmp_path / "settings.toml"
+    toml.write_text('model = "from-file"\n')
+    given = ("serve", "--config", toml)
+    assert "from-file" in cli(*given).stderr
+    monkeypatch.setenv("PROMPTSTITCH_MODEL", "from-variable")
+    assert "from-variable" in cli(*given).stderr
+    assert "from-flag" in cli(*given, "from-flag").stderr
+
+
+def test_a_model_that_is_not_there_names_pull(cli):
+    missing = cli("serve", "org/model")
+    assert (missing.exit_code, missing.stderr) == (
+        1,
+        "error: there is no model org/model, neither as a folder nor pulled: `promptstitch pull org/model`\n",
+    )
+
+
+def test_a_server_prints_a_line_that_works_and_ends_with_0(model, tmp_path, base):
+    options = ("--store", str(tmp_path / "store"), "--port", "0", "--dtype", "float32", "--kv-memory", "16MiB")
+    with subprocess.Popen(
+        [*COMMAND, "serve", str(model), "--level", "w8g32", *options],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    ) as process:
+        try:
+            assert process.stdout is not None
+            lines = []
+            while not lines or not lines[-1].startswith("curl"):
+                lines.append(process.stdout.readline())
+                assert lines[-1], lines
+            told = "".join(lines)
+            assert "tiny at w8g32" in told
+            assert "float32 on cpu" in told
+            assert base in told
+            _, _, url, _, header, _, body = shlex.split(lines[-1])
+            name, value = header.split(": ")
+            answer = httpx.post(url, content=body, headers={name: value})
+            assert answer.status_code == 200
+            assert answer.json()["usage"]["completion_tokens"] == json.loads(body)["max_tokens"]
+        finally:
+            process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [(("--device", "cuda:77"), "cuda:77"), (("--level", "w3g7"), "7"), (("--store", "no://x"), "--blobs")],
+)
+def test_what_can_be_known_before_loading_is_said_in_one_line(cli, model, options, named):
+    refused = cli("serve", model, *options)
+    assert refused.exit_code in (1, 2)
+    assert refused.stderr.startswith("error: ")
+    assert refused.stderr.count("\n") == 1
+    assert named in refused.stderr
+
+
+def test_a_broken_checkpoint_ends_with_1(model, tmp_path, cli):
+    folder = tmp_path / "broken"
+    folder.mkdir()
+    (folder / "config.json").write_text("{")
+    refused = cli("serve", folder, "--store", tmp_path / "store")
+    assert refused.exit_code == 1
+    assert refused.stderr.startswith("error: ")
+    assert refused.stderr.count("\n") == 1
+
+
+def test_only_shipped_prompts_of_the_models_base_are_seeded(model, tmp_path):
+    settings = to_serve(load_settings(model=str(model)), lambda *_: None)
+    assert (settings.level, settings.seed_prompts) == (None, ())
+    own = tmp_path / "own"
+    own.write_bytes(shipped_prompts()[0].read_bytes())
+    assert to_serve(load_settings(model=str(model), seed_prompts=[own]), lambda *_: None).seed_prompts == (own,)
+
+
+def test_the_shipped_prompt_was_learned_at_the_level_that_is_served_by_default():
+    (general,) = shipped_prompts()
+    file = read_prompt(general)
+    assert (file.provenance.task, file.provenance.level) == ("general", EMBEDDED_LEVEL)
+    assert file.provenance.weights is not None
+    assert EMBEDDED == "smollm2-135m"
