@@ -40,7 +40,7 @@ def create_app() -> Starlette:
 
     async def events(model, tokens, usage):
         yield ": a comment that counts for nothing\r\n\r\n"
-        await asyncio.sleep(0.05 if model in prompts else 0.02)  # stitched ones answer later
+        await asyncio.sleep(0.2 if model in prompts else 0.02)  # stitched ones answer later
         for i in range(tokens):
             if model == "broken" and i == 1:
                 yield 'data: {"error": {"message": "the step failed"}}\r\n\r\n'

@@ -25,7 +25,7 @@ def test_good_answers_are_counted_and_timed(fake):
     assert result.requests_per_second == pytest.approx(8 / result.seconds)
     assert (result.text_tokens, result.cached_tokens) == (24, 40)
     assert 20 <= result.ttft_p50 <= result.ttft_p99
-    assert 2 <= result.itl_p50 <= result.itl_p99
+    assert 0 < result.itl_p50 <= result.itl_p99
     assert result.latency_p50 > result.ttft_p50
 
 
@@ -68,8 +68,8 @@ def test_first_tokens_compare_the_same_text_with_and_without(fake):
     figures = first_tokens(fake, [Job(f"{TEXT} {i}", 4, "slow") for i in range(7)], forms.named("base"))
     assert figures.pairs == 6  # the first one warmed the prompt up
     assert figures.errors == {}
-    assert figures.with_prompt_p50 >= 50
-    assert 20 <= figures.without_p50 < 50
+    assert figures.with_prompt_p50 >= 200
+    assert figures.without_p50 >= 20
     assert figures.ratio_low <= figures.ratio <= figures.ratio_high
     assert figures.ratio > 1.2
     last = httpx.get(f"{fake}/seen").json()[-12:]
