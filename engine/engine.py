@@ -25,7 +25,7 @@ from engine.pages import PagePool
 from engine.request import Event, FailureCode, GenerationRequest, RequestDone, RequestFailed, Timings
 from engine.runner import Runner
 from engine.sampling import sample
-from engine.scheduler import Batch, Scheduler, text_root
+from engine.scheduler import Batch, Scheduler, prefix_key, text_root
 from engine.sequence import Sequence, Status, Ticket
 from engine.text import TextStream
 from llama.model import Llama
@@ -80,10 +80,9 @@ class LocalEngine:
         return self._tokenizer
 
     def submit(self, request: GenerationRequest, sink: Sink) -> None:
-        max_tokens = limits.check(request, self._info, self._options)
-        if request.prompt is not None:
-            self.check_prompt(request.prompt)
-        ticket = self._ticket(request, sink, max_tokens)
+        ticket = self._ticket(request, sink, limits.check(request, self._info, self._options))
+        if request.prompt is not None and self._pool.find(prefix_key(ticket.root)) is None:
+            self.check_prompt(request.prompt)  # a prompt whose pages are there has been checked
         with self._wake:
             if self._closing:
                 raise EngineClosed("the engine is shutting down")

@@ -77,7 +77,7 @@ def _best(logits: Tensor) -> Tensor:
     stretch = 256
     if logits.shape[1] % stretch:
         return logits.argmax(-1)
-    stretches = logits.view(len(logits), -1, stretch)
+    stretches = logits.view(len(logits), logits.shape[1] // stretch, stretch)
     at = stretches.amax(-1).argmax(-1)  # (R,)
     return at * stretch + stretches[torch.arange(len(logits), device=logits.device), at].argmax(-1)
 

@@ -145,8 +145,8 @@ class Scheduler:
         """Hold what is cached, take the rest; False and nothing changed if the pages do not suffice."""
         pool, prompt = self.pool, sequence.ticket.request.prompt
         soft = sequence.ticket.soft_tokens
-        prefix_key = next_key(sequence.ticket.root, ()) if prompt else None
-        prefix = pool.find(prefix_key) if prefix_key else None
+        key = prefix_key(sequence.ticket.root)
+        prefix = pool.find(key) if prompt else None
         hits = [] if sequence.scores_text else list(self._hits(sequence))
         own = pool.pages_for(sequence.positions) - soft // pool.page_size - len(hits)
         cost = own + sum(pool.cost(block) for block in hits)
@@ -159,8 +159,8 @@ class Scheduler:
         sequence.status = Status.RUNNING
         for block in hits:
             pool.hold(block)
-        if prompt and prefix_key:
-            sequence.prefix = pool.hold(prefix) if prefix else self._new_prefix(prefix_key, prompt, batch)
+        if prompt:
+            sequence.prefix = pool.hold(prefix) if prefix else self._new_prefix(key, prompt, batch)
             self.soft_hits += prefix is not None
             self.soft_misses += prefix is None
         pages = pool.take(own)
@@ -227,6 +227,11 @@ class Scheduler:
 
 def _arrival(sequence: Sequence) -> tuple[float, int]:
     return sequence.ticket.arrived, sequence.index
+
+
+def prefix_key(root: Key) -> Key:
+    """Where the pages of the prompt itself are found."""
+    return next_key(root, ())
 
 
 def text_root(namespace: str, weights: str, dtype: str, kv_dtype: str, prompt: SoftPrompt | None) -> Key:

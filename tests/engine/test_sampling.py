@@ -32,6 +32,12 @@ def test_greedy_takes_the_best():
     assert sample(logits([0.0, 3.0, 1.0]), [row(temperature=0.0)])[0].token_id == 1
 
 
+@pytest.mark.parametrize("width", [250, 256])
+def test_a_step_that_samples_nothing(width):
+    """All chunks in the middle of their texts: no rows once failed the whole batch at some widths."""
+    assert sample(torch.empty(0, width), []) == []
+
+
 @pytest.mark.parametrize("width", [250, 256, 1024])
 def test_greedy_takes_the_first_of_equals_at_any_width(width):
     torch.manual_seed(0)
