@@ -6,6 +6,7 @@ files only, and no code from a checkpoint is run.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -30,9 +31,7 @@ class HubTokenizer:
     def __init__(self, directory: Path) -> None:
         """Raises BrokenCheckpoint if there is none that loads, or only one without a fast backend."""
         try:
-            self._hf = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
-            )
+            self._hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise BrokenCheckpoint(f"{directory}: the tokenizer does not load: {error}") from error
         if not self._hf.is_fast:
@@ -116,9 +115,9 @@ class HubTokenizer:
     @cached_property
     def _byte_level(self) -> dict[str, int]:
         """Printable stand-in -> byte for a byte-level BPE; empty for a sentencepiece vocabulary."""
-        vocab = self._hf.get_vocab()
-        alphabet = _byte_alphabet()
-        return alphabet if all(character in vocab for character in alphabet) else {}
+        decoder = json.loads(self._hf.backend_tokenizer.to_str())["decoder"] or {}
+        kinds = {decoder.get("type"), *(part["type"] for part in decoder.get("decoders", ()))}
+        return _byte_alphabet() if "ByteLevel" in kinds else {}
 
 
 def _byte_alphabet() -> dict[str, int]:

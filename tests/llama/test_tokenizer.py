@@ -131,12 +131,8 @@ def test_sentencepiece_with_byte_fallback(make_checkpoint):
     folder = make_checkpoint()
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), "\u2581", "a", "\u2581a", "b"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
-    tokenizer = Tokenizer(
-        models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
-    )
-    tokenizer.normalizer = normalizers.Sequence(
-        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
-    )
+    tokenizer = Tokenizer(models.BPE(vocab, [("\u2581", "a")], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
     tokenizer.decoder = decoders.Sequence(
         [
             decoders.Replace("\u2581", " "),
@@ -193,3 +189,14 @@ def test_code_in_a_checkpoint_is_never_run(make_checkpoint):
     with contextlib.suppress(BrokenCheckpoint):
         HubTokenizer(folder)
     assert not marker.exists()
+
+
+@pytest.mark.slow
+def test_bytes_of_the_embedded_vocabulary_are_what_it_decodes(embedded):
+    """A few bytes are no tokens of this vocabulary, for which it was once taken for a sentencepiece one."""
+    tokenizer = HubTokenizer(embedded)
+    text = "Grüße, 世界! 🎉 It is 100 % fine.\n\tEnd"
+    ids = tokenizer.encode(text)
+    assert b"".join(map(tokenizer.token_bytes, ids)).decode() == tokenizer.decode(ids) == text
+    ordinary = [i for i in range(0, 49152, 7) if i not in tokenizer.special_token_ids]
+    assert b"".join(map(tokenizer.token_bytes, ordinary)).decode(errors="replace") == tokenizer.decode(ordinary)
