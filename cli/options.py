@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import typer
 from pydantic.fields import FieldInfo
 
-from server.settings import PREFIX, Settings
+from server.settings import Settings
 
 REGISTRY = "Registry"
 Url = Annotated[
@@ -67,9 +67,9 @@ def flag(name: str) -> str:
 
 
 def with_flags(fault: str) -> str:
-    """A fault of the settings, `name (PROMPTSTITCH_NAME): …`, with the option's name in front where it has one."""
-    name, space, rest = fault.partition(" ")
-    return f"{flag(name)}{space}{rest}" if name in Settings.model_fields and rest.startswith(f"({PREFIX}") else fault
+    """A fault of the settings, `name: …` or `name (PROMPTSTITCH_NAME): …`, with the option in place of the name."""
+    name = fault.partition(":")[0].partition(" ")[0]
+    return flag(name) + fault.removeprefix(name) if name in Settings.model_fields else fault
 
 
 def _parameter(name: str, field: FieldInfo, panel: str, default: str | None) -> inspect.Parameter:

@@ -72,11 +72,12 @@ def serve(model: Model = None, config: Config = None, **flags: Any) -> None:
 
     from cli.local import open_store
     from cli.model import start_engine, to_serve
+    from server.auth import check_exposure
     from server.run import serve as run
 
-    with progress(quiet=False) as steps:
-        settings = to_serve(settings, steps)
     with open_store(settings) as store, progress(quiet=False) as steps:
+        check_exposure(settings, store)
+        settings = to_serve(settings, steps)
 
         def ready(info: EngineInfo, url: str) -> None:
             announce(info, url, store)

@@ -130,6 +130,14 @@ def test_what_can_be_known_before_loading_is_said_in_one_line(cli, model, option
     assert named in refused.stderr
 
 
+def test_the_network_is_not_served_without_a_key_and_nothing_is_pulled_for_it(cli, tmp_path):
+    refused = cli("serve", "--host", "0.0.0.0", "--store", tmp_path / "store")
+    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    assert refused.stderr.startswith("error: --host: ")
+    assert "keys create" in refused.stderr
+    assert not (tmp_path / "data").exists()
+
+
 def test_a_broken_checkpoint_ends_with_1(model, tmp_path, cli):
     folder = tmp_path / "broken"
     folder.mkdir()
