@@ -89,6 +89,7 @@ def serve(model: Model = None, config: Config = None, **flags: Any) -> None:
 def announce(info: EngineInfo, url: str, store: PromptStore) -> None:
     """What is served, and a line to try it with."""
     stats = store.stats()
+    url = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")  # every address is no address to ask
     pages = f"{info.num_pages} pages of {info.page_size} tokens ({info.kv_bytes / MIB:.0f} MiB)"
     say(f"model    {info.model} at {info.level}, {info.weight_bytes / MIB:.0f} MiB, {info.dtype} on {info.device}")
     say(f"base     {info.base}")
