@@ -78,13 +78,13 @@ def limits_of(info: EngineInfo, settings: Settings) -> Limits:
 
 
 @asynccontextmanager
-async def received(request: Request, settings: Settings) -> AsyncIterator[Upload]:
+async def received(request: Request, settings: Settings, content_digest: str | None) -> AsyncIterator[Upload]:
     """The body on disk, until the context is left. Raises ApiError 400, 408, 413, 415, 422; StorageFull."""
     kind = media_type(request)
     if kind not in (*RAW_TYPES, MULTIPART):
         message = f"send a prompt as application/octet-stream, or an adapter as {MULTIPART}"
         raise ApiError(415, "unsupported_format", message, param="Content-Type")
-    expected = _content_digest(request.headers.get("content-digest"))
+    expected = _sha256_of(content_digest)
     body = _Hashed(chunks(request, settings.max_upload, settings.receipt_timeout))
     try:
         with tempfile.TemporaryDirectory(prefix="promptstitch-upload-") as name:
@@ -173,7 +173,7 @@ def _copy(part: UploadFile, path: Path) -> None:
         shutil.copyfileobj(part.file, file, WRITE_BYTES)
 
 
-def _content_digest(header: str | None) -> bytes | None:
+def _sha256_of(header: str | None) -> bytes | None:
     """RFC 9530. Raises ApiError 400 for a header without a sha-256 that could be checked."""
     if header is None:
         return None

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
@@ -34,7 +35,7 @@ from server.schemas.registry import (
     show_version,
 )
 from server.state import Services, services_of
-from server.uploads import received
+from server.uploads import Upload, received
 
 router = APIRouter(tags=["prompts"])
 
@@ -79,33 +80,28 @@ async def upload(
     """A safetensors file, or a PEFT adapter in two parts. `level` and `bos` count where the file does not say."""
     services, started = services_of(request), time.monotonic()
     try:
-        status, answer, size = await _upload(request, services, task, level, bos, idempotency_key)
+        if task == services.host.model_name:
+            raise ApiError(409, "task_reserved", f"{task} is the name of the base model here; choose another task")
+        async with received(request, services.settings, content_digest) as body:
+            push = partial(_push, request, body, task, level, bos)
+            status, answer = await once(request, idempotency_key, body.sha256, push)
     except Exception as error:
         services.metrics.uploads.labels("rejected", translate(error).code).inc()
         raise
     services.metrics.uploads.labels("accepted" if status == 201 else "duplicate", "").inc()
-    services.metrics.upload_bytes.inc(size)
+    services.metrics.upload_bytes.inc(body.size)
     services.metrics.upload_duration.observe(time.monotonic() - started)
     location = f"/v1/prompts/{task}/versions/{answer['version']}"
     return Json(answer, status, {"Location": location, **_tags(str(answer["digest"]))})
 
 
-async def _upload(
-    request: Request, services: Services, task: str, level: str | None, bos: Bos | None, key: str | None
-) -> tuple[int, dict[str, Any], int]:
-    engine, registry = services.host.engine, services.registry
-    if task == services.host.model_name:
-        raise ApiError(409, "task_reserved", f"{task} is the name of the base model here; choose another task")
-    async with received(request, services.settings) as body:
-
-        async def push() -> Answered:
-            file = await registry.read("read", body.read, engine, services.settings, bos)
-            actor = caller_of(request).actor
-            version, new = await registry.change("push", services.store.push, file, task, level, by=actor)
-            return (201 if new else 200), {**show_version(version), "base_bound": file.bound}
-
-        status, answer = await once(request, key, body.sha256, push)
-        return status, answer, body.size
+async def _push(request: Request, body: Upload, task: str, level: str | None, bos: Bos | None) -> Answered:
+    """Judge the file and store it."""
+    services = services_of(request)
+    registry, actor = services.registry, caller_of(request).actor
+    file = await registry.read("read", body.read, services.host.engine, services.settings, bos)
+    version, new = await registry.change("push", services.store.push, file, task, level, by=actor)
+    return (201 if new else 200), {**show_version(version), "base_bound": file.bound}
 
 
 @router.get("/v1/prompts", **operation("prompts:read", {200: Success("tasks with prompts", Listing[TaskAnswer])}))
