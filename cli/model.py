@@ -8,6 +8,9 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
+from huggingface_hub.utils import disable_progress_bars
+from transformers.utils.logging import disable_progress_bar
+
 from cli.output import CommandError, Steps
 from engine.engine import LocalEngine, ServedModel
 from engine.options import EngineOptions
@@ -32,6 +35,13 @@ def find_model(name: str) -> Path:
     raise CommandError(f"there is no model {name}, neither as a folder nor pulled: `promptstitch pull {name}`")
 
 
+def fetch(name: str, to: Path | None, steps: Steps, revision: str | None = None, base: str = "") -> Path:
+    """`llama.pull.pull` with one bar, in place of those that the libraries below draw. Raises ModelError."""
+    disable_progress_bar()
+    disable_progress_bars()
+    return pull(name, to, steps, revision, base)
+
+
 def to_serve(settings: Settings, steps: Steps) -> Settings:
     """The settings with the model's folder in `model`, and what its being the embedded one brings with it.
 
@@ -41,7 +51,7 @@ def to_serve(settings: Settings, steps: Steps) -> Settings:
     What can be found wrong without loading is found here. Raises CommandError, ModelError.
     """
     if settings.model == EMBEDDED and not Path(EMBEDDED).is_dir() and not default_folder(EMBEDDED).is_dir():
-        pull(EMBEDDED, progress=steps)
+        fetch(EMBEDDED, None, steps)
     folder = find_model(settings.model)
     stored = info(folder, base=settings.base).identity
     choose_dtype(settings.dtype, choose_device(settings.device))

@@ -20,8 +20,8 @@ Base = Annotated[
 def pull(name: Name, to: To = None, revision: Revision = None, base: Base = "", as_json: AsJson = False) -> None:
     """Fetch a checkpoint, check it and write its manifest. What is there already stays as it is."""
     from cli.info import describe
-    from llama.pull import pull as fetch
+    from cli.model import fetch
 
     with progress(quiet=as_json) as steps:
-        folder = fetch(name, to, steps, revision=revision, base=base)
+        folder = fetch(name, to, steps, revision, base)
     tell(describe(folder), as_json)
