@@ -41,5 +41,5 @@ def unpack_padded(words: Tensor, bits: int, count: int) -> Tensor:
     """words (R, padded_words) int32 → (R, count) uint8."""
     shifts = torch.arange(0, 32 // bits * bits, bits, dtype=torch.int32, device=words.device)
     values = (words[..., None] >> shifts) & (2**bits - 1)  # the sign that >> drags in is masked away
-    flat: Tensor = values.to(torch.uint8).view(len(words), -1)
+    flat: Tensor = values.to(torch.uint8).reshape(len(words), -1)
     return flat[:, :count]

@@ -9,10 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llama.errors import BrokenCheckpoint, UnsupportedModel
+from llama.errors import BrokenCheckpoint, ModelError, UnsupportedModel
 
 ROPE_TYPES = ("default", "linear", "dynamic", "llama3", "yarn")
 ARCHITECTURES = ("LlamaForCausalLM",)
+_SIZES = (
+    "hidden_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "max_len",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +65,7 @@ class LlamaConfig:
     def from_hf(cls, raw: Mapping[str, Any]) -> LlamaConfig:
         """Read the dictionary of a `config.json`. Raises UnsupportedModel, BrokenCheckpoint."""
         architectures = raw.get("architectures") or ["LlamaForCausalLM"]
-        if raw.get("model_type") != "llama" or not set(architectures) <= set(ARCHITECTURES):
+        if raw.get("model_type") != "llama" or not all(name in ARCHITECTURES for name in _listed(architectures)):
             raise UnsupportedModel(
                 f"config.json describes {architectures} (model_type {raw.get('model_type')!r}); "
                 f"supported: {', '.join(ARCHITECTURES)} (model_type 'llama')"
@@ -65,7 +75,7 @@ class LlamaConfig:
         try:
             heads = int(raw["num_attention_heads"])
             hidden = int(raw["hidden_size"])
-            return cls(
+            config = cls(
                 hidden_size=hidden,
                 num_layers=int(raw["num_hidden_layers"]),
                 num_heads=heads,
@@ -82,6 +92,25 @@ class LlamaConfig:
             )
         except KeyError as missing:
             raise BrokenCheckpoint(f"config.json lacks the field {missing}") from missing
+        except ModelError:
+            raise
+        except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+            raise BrokenCheckpoint(f"config.json holds a value that cannot be read: {error}") from error
+        config._check()
+        return config
+
+    def _check(self) -> None:
+        for name in _SIZES:
+            if getattr(self, name) < 1:
+                raise BrokenCheckpoint(f"config.json: {name} comes to {getattr(self, name)}; it must be at least 1")
+        if self.num_heads % self.num_kv_heads or self.head_dim % 2:
+            raise BrokenCheckpoint(
+                f"config.json: {self.num_heads} heads of {self.head_dim} cannot share {self.num_kv_heads} KV heads"
+            )
+
+
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
 
 
 def _rope_fields(raw: Mapping[str, Any]) -> Mapping[str, Any]:

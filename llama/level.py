@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from llama.errors import UnsupportedModel
+from llama.shards import json_object
 
 SUPPORTED = "dense; bitsandbytes nf4 and int8; compressed-tensors pack-quantized; gptq"
 
@@ -18,7 +19,7 @@ def declared_level(raw: Mapping[str, Any]) -> str:
 
     A grid with one scale for a whole row is written without a group: `w4`.
     """
-    quantisation = raw.get("quantization_config")
+    quantisation = json_object(raw.get("quantization_config"), "quantization_config")
     if not quantisation:
         return "dense"
     method = quantisation.get("quant_method")
@@ -31,14 +32,19 @@ def declared_level(raw: Mapping[str, Any]) -> str:
     if method == "gptq":
         return _grid(quantisation.get("bits"), quantisation.get("group_size"))
     if method == "compressed-tensors" and quantisation.get("format") == "pack-quantized":
-        weights = [group.get("weights") or {} for group in (quantisation.get("config_groups") or {}).values()]
-        levels = {_grid(entry.get("num_bits"), entry.get("group_size")) for entry in weights}
+        levels = {_grid(grid.get("num_bits"), grid.get("group_size")) for grid in weight_schemes(quantisation)}
         if len(levels) == 1:
             return levels.pop()
         raise UnsupportedModel(f"quantization_config.config_groups holds {len(levels)} grids; supported: one")
     raise UnsupportedModel(
         f"quantization_config says {method!r} {quantisation.get('format', '')!r}; supported: {SUPPORTED}"
     )
+
+
+def weight_schemes(quantisation: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """`config_groups.*.weights` of a compressed-tensors configuration. Raises BrokenCheckpoint."""
+    groups = json_object(quantisation.get("config_groups"), "config_groups")
+    return [json_object(json_object(groups[name], name).get("weights"), f"{name}.weights") for name in groups]
 
 
 def _grid(bits: Any, group: Any) -> str:

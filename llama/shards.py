@@ -31,14 +31,19 @@ def read_json(path: Path) -> dict[str, Any]:
     return raw
 
 
+def json_object(value: Any, field: str) -> dict[str, Any]:
+    """`value` of a JSON file's `field` where an object is expected; null is an empty one. Raises BrokenCheckpoint."""
+    if value is not None and not isinstance(value, dict):
+        raise BrokenCheckpoint(f"{field} must be a JSON object, got {value!r}")
+    return value or {}
+
+
 def tensor_files(directory: Path) -> dict[str, Path]:
     """Tensor name -> the safetensors file that holds it. Raises BrokenCheckpoint."""
     if not (directory / INDEX).exists():
         single = directory / SINGLE
         if not single.is_file():
-            raise BrokenCheckpoint(
-                f"{directory} holds neither {SINGLE} nor {INDEX}; only safetensors are read"
-            )
+            raise BrokenCheckpoint(f"{directory} holds neither {SINGLE} nor {INDEX}; only safetensors are read")
         return dict.fromkeys(_names(single), single)
     weight_map = read_json(directory / INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:

@@ -53,7 +53,7 @@ class AtLoad:
 
 def stored_format(checkpoint: Checkpoint) -> Format:
     """The format that config.json declares. Raises UnsupportedModel, naming what is supported."""
-    quantisation = checkpoint.raw_config.get("quantization_config")
+    quantisation = checkpoint.raw_config.get("quantization_config") or {}
     declared_level(checkpoint.raw_config)  # refuses what is none of the following
     if not quantisation:
         return DenseFormat(checkpoint)
@@ -61,7 +61,7 @@ def stored_format(checkpoint: Checkpoint) -> Format:
         return GptqFormat(checkpoint, quantisation)
     if quantisation.get("quant_method") == "compressed-tensors":
         return PackQuantizedFormat(checkpoint, quantisation)
-    return BitsAndBytesFormat(checkpoint, quantisation)
+    return BitsAndBytesFormat(checkpoint)
 
 
 def check_load_level(level: str) -> None:

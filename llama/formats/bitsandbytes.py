@@ -49,9 +49,7 @@ NF4_VALUES = (
 class BitsAndBytesFormat:
     """A checkpoint that bitsandbytes quantised; modules without its tensors are dense."""
 
-    def __init__(self, checkpoint: Checkpoint, quantisation: Mapping[str, Any]) -> None:
-        if quantisation.get("load_in_4bit") and quantisation.get("bnb_4bit_quant_type", "fp4") != "nf4":
-            raise UnsupportedModel("bitsandbytes with bnb_4bit_quant_type 'fp4'; supported: 'nf4', and load_in_8bit")
+    def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Matrix:

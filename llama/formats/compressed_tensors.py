@@ -18,28 +18,31 @@ from llama.bits import padded_words, stream_words, unpack_padded, unpack_stream
 from llama.checkpoint import Checkpoint
 from llama.errors import BrokenCheckpoint, UnsupportedModel
 from llama.formats.matrix import FLOATS, DenseMatrix, IntMatrix, Matrix, Rows, Zeros, group_order
+from llama.level import weight_schemes
+from llama.shards import json_object
 
 BITS = range(2, 9)
 STRATEGIES = ("group", "channel")
+ACTIVATIONS = ("input_activations", "output_activations")
 
 
 class PackQuantizedFormat:
     """Raises UnsupportedModel for schemes that also quantise activations, or otherwise go beyond packed integers."""
 
     def __init__(self, checkpoint: Checkpoint, quantisation: Mapping[str, Any]) -> None:
-        schemes = list((quantisation.get("config_groups") or {}).values())
-        if not schemes:
-            raise BrokenCheckpoint("config.json: quantization_config.config_groups is empty")
+        groups = quantisation["config_groups"].values()
+        if any(group.get(field) for group in groups for field in ACTIVATIONS):
+            raise UnsupportedModel("compressed-tensors with quantised activations is not supported; supported: weights")
+        schemes = weight_schemes(quantisation)
         for scheme in schemes:
             _check_scheme(scheme)
         for field in ("kv_cache_scheme", "transform_config"):
             if quantisation.get(field):
                 raise UnsupportedModel(f"compressed-tensors with {field} is not supported")
-        if (quantisation.get("sparsity_config") or {}).get("format", "dense") != "dense":
+        if json_object(quantisation.get("sparsity_config"), "sparsity_config").get("format", "dense") != "dense":
             raise UnsupportedModel("compressed-tensors with sparse storage is not supported; supported: pack-quantized")
-        weights = schemes[0]["weights"]
-        self._bits: int = weights["num_bits"]
-        self._group: int = weights.get("group_size") or -1
+        self._bits: int = schemes[0]["num_bits"]
+        self._group: int = schemes[0].get("group_size") or -1
         self._checkpoint = checkpoint
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Matrix:
@@ -92,18 +95,11 @@ class PackQuantizedMatrix(IntMatrix):
         return self._unpack(words, self.bits, n).t().contiguous()
 
 
-def _check_scheme(scheme: Mapping[str, Any]) -> None:
-    for field in ("input_activations", "output_activations"):
-        if scheme.get(field):
-            raise UnsupportedModel(f"compressed-tensors with {field} is not supported; supported: weights alone")
-    weights = scheme.get("weights") or {}
-    bits, kind, strategy = (
-        weights.get("num_bits"),
-        weights.get("type", "int"),
-        weights.get("strategy", "group"),
-    )
-    if bits not in BITS or kind != "int" or strategy not in STRATEGIES:
+def _check_scheme(weights: Mapping[str, Any]) -> None:
+    bits, group = weights.get("num_bits"), weights.get("group_size") or -1
+    kind, strategy = weights.get("type", "int"), weights.get("strategy", "group")
+    if bits not in BITS or not isinstance(group, int) or kind != "int" or strategy not in STRATEGIES:
         raise UnsupportedModel(
-            f"compressed-tensors weights of {bits!r} bits, type {kind!r}, strategy {strategy!r}; supported: "
-            f"{BITS.start} to {BITS.stop - 1} bits, type 'int', strategy {' or '.join(STRATEGIES)}"
+            f"compressed-tensors weights of {bits!r} bits, group_size {group!r}, type {kind!r}, strategy {strategy!r}; "
+            f"supported: {BITS.start} to {BITS.stop - 1} bits, type 'int', strategy {' or '.join(STRATEGIES)}"
         )

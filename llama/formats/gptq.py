@@ -27,7 +27,9 @@ class GptqFormat:
     def __init__(self, checkpoint: Checkpoint, quantisation: Mapping[str, Any]) -> None:
         layout = quantisation.get("checkpoint_format") or "gptq"
         bits, group = quantisation.get("bits"), quantisation.get("group_size", -1)
-        if layout not in ZERO_LESS or quantisation.get("is_marlin_format"):
+        if quantisation.get("is_marlin_format"):
+            layout = "marlin"
+        if not isinstance(layout, str) or layout not in ZERO_LESS:
             raise UnsupportedModel(f"checkpoint_format is {layout!r}; supported: {', '.join(ZERO_LESS)}")
         if bits not in BITS or not isinstance(group, int):
             raise UnsupportedModel(f"gptq with bits {bits!r} and group_size {group!r}; supported bits: {BITS}")
