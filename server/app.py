@@ -18,10 +18,11 @@ from fastapi import Depends, FastAPI
 from engine.api import Engine
 from prompts_store.store import PromptStore
 from server import errors
-from server.auth import KeyRing, allowed_hosts, authorise, check_exposure, scope_of
+from server.auth import allowed_hosts, authorise, check_exposure, scope_of
 from server.bridge import Bridge
 from server.finder import PromptFinder
 from server.host import EngineHost
+from server.keyring import KeyRing
 from server.metrics import Metrics
 from server.middleware import Edge
 from server.openapi import routes_of

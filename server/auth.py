@@ -7,7 +7,6 @@ Secrets are hashed by the store before they are looked up; this module keeps non
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +17,6 @@ from prompts_store.records import Actor, ApiKey, Scope
 from prompts_store.store import PromptStore
 from server.errors import ApiError
 from server.exchange import exchange_of
-from server.registry import Registry
 from server.settings import Settings, SettingsError
 from server.state import services_of
 
@@ -27,8 +25,6 @@ logger = logging.getLogger("promptstitch.server")
 Access = Scope | Literal["public"]
 SCOPE_KEY = "x-scope"  # where a route names its scope, in its OpenAPI operation
 PUBLIC = frozenset({"/livez", "/readyz", "/health"})
-MAX_SECRET = 512
-REMEMBERED_SECONDS = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,37 +34,6 @@ class Caller:
     key_id: str | None
     namespace: str
     actor: Actor
-
-
-class KeyRing:
-    """The store's keys, as the server asks for them."""
-
-    def __init__(self, store: PromptStore, registry: Registry) -> None:
-        self._store = store
-        self._registry = registry
-        self._configured = False
-        self._looked = float("-inf")
-
-    async def configured(self) -> bool:
-        """Whether there is a key, or ever was while we run: revoking the last one must not open the doors.
-
-        A "no" is remembered for a moment, since another process may make the first.
-        """
-        if not self._configured and time.monotonic() - self._looked > REMEMBERED_SECONDS:
-            self._configured = await self._registry.read("any_key", self._store.keys.any)
-            self._looked = time.monotonic()
-        return self._configured
-
-    def created(self) -> None:
-        """A key was made here."""
-        self._configured = True
-
-    async def lookup(self, secret: str) -> ApiKey | None:
-        """The live key of this secret in the served namespace."""
-        if not secret or len(secret) > MAX_SECRET or "\0" in secret:
-            return None
-        key = await self._registry.read("key", self._store.keys.lookup, secret)
-        return key if key and key.namespace == self._store.namespace else None
 
 
 def check_exposure(settings: Settings, store: PromptStore) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, TypedDict
+from typing import TypedDict
 
 from fastapi import Request
 
@@ -11,12 +11,10 @@ from prompts_store.store import PromptStore
 from server.bridge import Bridge
 from server.finder import PromptFinder
 from server.host import EngineHost
+from server.keyring import KeyRing
 from server.metrics import Metrics
 from server.registry import Registry
 from server.settings import Settings
-
-if TYPE_CHECKING:
-    from server.auth import KeyRing
 
 
 @dataclass(frozen=True, slots=True)
