@@ -5,6 +5,7 @@ Knows servers and loads; draws no conclusions, `bench.verdict` does.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -40,7 +41,9 @@ class Measured:
 class Race:
     """What every contestant is given: `stitched`, the same without prompts, and pairs for the time to the first token.
 
-    Before each measurement it waits up to `patience` seconds for an idle machine. Logs of the servers go to `logs`.
+    Before each measurement it waits up to `patience` seconds for an idle machine. With `resident` all servers are
+    started once and stay up, idle, while another is measured; else each is started anew in every round. Logs of the
+    servers go to `logs`.
     """
 
     tokenizer: Tokenizer
@@ -48,24 +51,37 @@ class Race:
     stitched: Workload
     pairs: int = 24
     patience: float = 0.0
+    resident: bool = False
     logs: Path = Path("runs")
 
     def run(self, lineup: Sequence[Contestant], rounds: int) -> Iterator[Measured]:
         """All rounds, one measurement after the other. Raises RuntimeError if a server does not start."""
         self.logs.mkdir(parents=True, exist_ok=True)
-        for number in range(rounds):
-            for contestant in lineup:
-                with serving(contestant, self.logs / f"{contestant.name}.log") as server:
-                    yield from self._measure_all(number, contestant, server)
+        with contextlib.ExitStack() as stack:
+            up = {c.name: stack.enter_context(self._warm(c, 0)) for c in lineup} if self.resident else {}
+            for number in range(rounds):
+                for contestant in lineup:
+                    one = (
+                        contextlib.nullcontext(up[contestant.name]) if self.resident else self._warm(contestant, number)
+                    )
+                    with one as server:
+                        yield from self._measure_all(number, contestant, server)
+
+    @contextlib.contextmanager
+    def _warm(self, contestant: Contestant, number: int) -> Iterator[Running]:
+        """The contestant, serving, after a wave of each kind."""
+        with serving(contestant, self.logs / f"{contestant.name}.log") as server:
+            for i, prompts in enumerate((self.stitched.prompts, (None,))):
+                seed = number * SEEDS_A_ROUND + 3 + i
+                wave = replace(self.stitched, requests=self.stitched.concurrency, prompts=prompts, seed=seed)
+                run(server.url, self._jobs(wave), contestant.form, wave)
+            yield server
 
     def _measure_all(self, number: int, contestant: Contestant, server: Running) -> Iterator[Measured]:
         seed = number * SEEDS_A_ROUND
         bare = replace(self.stitched, prompts=(None,), seed=seed)
         stitched = replace(self.stitched, seed=seed + 1)
         single = replace(self.stitched, requests=self.pairs + len(self.stitched.prompts), seed=seed + 2)
-        for i, workload in enumerate((bare, stitched)):
-            warm_up = replace(workload, requests=workload.concurrency, seed=seed + 3 + i)
-            run(server.url, self._jobs(warm_up), contestant.form, warm_up)
         calls: dict[str, Callable[[list[Job]], Result | FirstToken]] = {
             BARE: lambda jobs: run(server.url, jobs, contestant.form, bare),
             STITCHED: lambda jobs: run(server.url, jobs, contestant.form, stitched),

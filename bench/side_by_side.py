@@ -75,7 +75,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Dense checkpoint that ours and vLLM serve.")],
     rounds: int = 3,
-    requests: int = 96,
+    requests: int = 64,
     concurrency: int = 32,
     prompts: Annotated[int, typer.Option(help="Distinct soft prompts.")] = 8,
     rows: Annotated[int, typer.Option(help="Soft tokens of each.")] = 64,
@@ -83,6 +83,7 @@ def main(
     only: Annotated[str, typer.Option(help="Take contestants whose names begin so, comma-separated.")] = "",
     llama_cpp: Annotated[str, typer.Option(help="Its quantisations, comma-separated.")] = "q4_0,q4_1,q8_0",
     patience: Annotated[float, typer.Option(help="Seconds to wait for an idle machine before each figure.")] = 0.0,
+    restart: Annotated[bool, typer.Option(help="Start every server anew in every round, not once.")] = False,
     root: Annotated[Path, typer.Option(help="Where bench.peers put things.")] = peers.ROOT,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write everything here.")] = None,
 ) -> None:
@@ -98,7 +99,9 @@ def main(
     ]
     contestants = [c for c in contestants if c.name.startswith(tuple(only.split(",")))]
     workload = Workload(requests, concurrency, prompts=names)
-    race = Race(load_tokenizer(checkpoint), corpus, workload, patience=patience, logs=root / "logs")
+    race = Race(
+        load_tokenizer(checkpoint), corpus, workload, patience=patience, resident=not restart, logs=root / "logs"
+    )
     measured: list[Measured] = []
     console = Console()
     try:

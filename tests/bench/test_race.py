@@ -38,15 +38,17 @@ def measured(number, contestant, workload, figures):
     return Measured(number, contestant, workload, figures, 1.0, 0.1, True, 2.0, 3)
 
 
-def test_rounds_take_turns_and_leave_no_process(checkpoint, tmp_path):
+@pytest.mark.parametrize("resident", [True, False])
+def test_rounds_take_turns_and_leave_no_process(checkpoint, tmp_path, resident):
     workload = Workload(requests=4, concurrency=2, max_tokens=2, prompts=("bench0", "bench1"))
-    race = Race(load_tokenizer(checkpoint), None, workload, pairs=2, logs=tmp_path / "logs")
+    race = Race(load_tokenizer(checkpoint), None, workload, pairs=2, resident=resident, logs=tmp_path / "logs")
     lineup = [fake_contestant(name, checkpoint, tmp_path) for name in (OURS, "vllm")]
     before = psutil.Process().children()
     rows = list(race.run(lineup, rounds=2))
 
     turns = [(row.round, row.contestant) for row in rows[::3]]
     assert turns == [(0, OURS), (0, "vllm"), (1, OURS), (1, "vllm")]
+    assert len({row.start_seconds for row in rows}) == (2 if resident else 4)
     assert [row.workload for row in rows] == [BARE, STITCHED, FIRST_TOKEN] * 4
     assert [row.figures.errors for row in rows] == [{}] * 12
     assert all(row.rss_bytes > 1 << 20 for row in rows)
@@ -72,9 +74,10 @@ def test_no_text_is_sent_twice_to_one_process(checkpoint, tmp_path, monkeypatch)
     upload = contestant.prepare
     contestant = replace(contestant, prepare=lambda url: (upload(url), remember(url)))
     workload = Workload(requests=4, concurrency=2, max_tokens=2, prompts=("bench0", "bench1"))
-    list(Race(load_tokenizer(checkpoint), None, workload, pairs=2, logs=tmp_path).run([contestant], rounds=2))
+    race = Race(load_tokenizer(checkpoint), None, workload, pairs=2, resident=True, logs=tmp_path)
+    list(race.run([contestant], rounds=2))
     texts = [job.text for batch in seen for job in batch]
-    assert len(texts) == 2 * (2 + 2 + 4 + 4 + 4)
+    assert len(texts) == 2 + 2 + 2 * (4 + 4 + 4)
     assert len(set(texts)) == len(texts)
 
 
