@@ -75,7 +75,7 @@ def _base(base: str) -> str:
     if _DIGEST.fullmatch(base):
         return base
     directory = Path(base).expanduser()
-    if not directory.is_dir():
+    if not base or not directory.is_dir():
         raise ModelError(f"base is {base!r}; it must be sha256:<64 hex digits> or the folder of a dense checkpoint")
     manifest = Manifest.read(directory)
     return manifest.base if manifest else base_digest(directory)
