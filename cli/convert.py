@@ -88,8 +88,11 @@ def import_peft(
 
 def export_peft(
     ref: Annotated[str, typer.Argument(metavar="REF", help="A prompt file, or a reference as for `show`.")],
-    to: Annotated[Path, typer.Option("--to", metavar="DIR", help="Folder to write the adapter into.")],
-    base_model: Annotated[str, typer.Option("--base-model", help="Name or path of the dense model, for PEFT to load.")],
+    to: Annotated[Path, typer.Argument(metavar="DIR", help="Folder to write the adapter into.")],
+    base_model: Annotated[
+        str | None,
+        typer.Option("--base-model", help="Name or path of the dense model, for AutoPeftModel; else its fingerprint."),
+    ] = None,
     force: Force = False,
     level: OnlyLevel = None,
     base: OnlyBase = None,
@@ -112,7 +115,7 @@ def export_peft(
             file = read_prompt(registry.content(version["task"], version["version"]))
     if file.prompt.kind != "rows":
         raise CommandError(f"{ref} is a kv prompt; PEFT's PROMPT_TUNING holds rows, so it cannot be exported to it")
-    write_peft(to, file, base_model=base_model)
+    write_peft(to, file, base_model=base_model or file.prompt.base)
     tell({"folder": str(to), **_described(file)}, as_json)
 
 

@@ -36,7 +36,7 @@ def test_an_adapter_is_pushed_with_its_rows(answer, cli, place, adapter, narrow_
     assert (pushed["num_virtual_tokens"], pushed["base_bound"], pushed["level"]) == (5, True, "w3g64")
 
     out = tmp_path / "back"
-    answer("prompts", "export-peft", "haiku", "--to", out, "--base-model", "org/tiny", *place)
+    answer("prompts", "export-peft", "haiku", out, "--base-model", "org/tiny", *place)
     assert torch.equal(load_file(out / "adapter_model.safetensors")["prompt_embeddings"], rows)
     assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == "org/tiny"
 
@@ -44,7 +44,7 @@ def test_an_adapter_is_pushed_with_its_rows(answer, cli, place, adapter, narrow_
 def test_an_exported_file_loads_in_peft(answer, model, tmp_path):
     file, out = tmp_path / "brief.safetensors", tmp_path / "adapter"
     answer("prompts", "from-text", "be brief", "--model", model, "--out", file)
-    answer("prompts", "export-peft", file, "--to", out, "--base-model", model)
+    answer("prompts", "export-peft", file, out)
     loaded = PeftModel.from_pretrained(tiny.reference(), out)
     rows = loaded.prompt_encoder["default"].embedding.weight
     assert torch.equal(rows, read_prompt(file).prompt.tensors["prompt_embeddings"])
