@@ -15,6 +15,7 @@ from llama.build import Target, build_linear, dense_weight
 from llama.checkpoint import Checkpoint
 from llama.errors import BrokenCheckpoint
 from llama.formats.matrix import FLOATS, DenseMatrix, Format
+from llama.heap import trim_heap
 from llama.linear import DenseLinear, Linear
 from llama.model import Block, Llama, RMSNorm
 
@@ -36,15 +37,16 @@ class Assembly:
         config = self.checkpoint.config
         table = (config.vocab_size, config.hidden_size)
         embedding = dense_weight([DenseMatrix(self.checkpoint, EMBEDDING, table)], self.target)
+        # The head comes early: it may be rearranged by way of a copy, which then lies below the peak.
+        if config.tied:
+            head = self._ready(DenseLinear(embedding))
+        else:
+            head = self._linear(config.hidden_size, {"lm_head": config.vocab_size}, biased=False)
         blocks = []
         for index in range(config.num_layers):
             done(index / config.num_layers)
             blocks.append(self._block(index))
         norm = self._norm("model.norm")
-        if config.tied:
-            head = self._ready(DenseLinear(embedding))
-        else:
-            head = self._linear(config.hidden_size, {"lm_head": config.vocab_size}, biased=False)
         self._refuse_leftovers()
         done(1.0)
         return Llama(config, embedding, blocks, norm, head)
@@ -74,6 +76,7 @@ class Assembly:
     def _ready(self, layer: Linear) -> Linear:
         if self.prepare:
             layer.prepare()
+        trim_heap()
         return layer
 
     def _norm(self, module: str) -> RMSNorm:

@@ -20,7 +20,6 @@ from llama.linear import DenseLinear, FusedLinear, Linear
 from llama.packed import TWOS_COMPLEMENT, CodebookLinear, Int8Linear, PackedLinear, scale_dtype
 
 FILL_WEIGHTS = 1 << 20  # read, quantised and packed at once
-ROW_ALIGNMENT = 64  # of what is filled at once: whole blocks of every layer class
 
 M = TypeVar("M", bound=Matrix)
 
@@ -105,8 +104,7 @@ def _pieces(parts: Sequence[M], row_step: int = 1) -> Iterator[tuple[M, int, int
     offset = 0
     for part in parts:
         n, k = part.shape
-        aligned = ROW_ALIGNMENT * row_step
-        step = max(1, FILL_WEIGHTS // (k * aligned)) * aligned
+        step = max(1, FILL_WEIGHTS // (k * row_step)) * row_step
         for start in range(0, n, step):
             yield part, start, min(start + step, n), offset + start
         offset += n
