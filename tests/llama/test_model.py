@@ -4,12 +4,13 @@ import json
 
 import pytest
 import torch
+from support.checkpoints import model, save
 from support.exact import kv_cache
-from support.hub import from_embedded, lively, our_logits, save, token_ids
 from support.tiny import kv
 from transformers import LlamaForCausalLM
 
 from llama.load import load
+from llama.model import CausalAttention
 from llama.rope import rotate
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
@@ -46,6 +47,22 @@ ROPES = {
 }
 
 
+def token_ids(batch, length):
+    return torch.randint(260, (batch, length), generator=torch.Generator().manual_seed(1))
+
+
+def from_embedded(model, x, batch, length, prefix=None):
+    """x (B * T, H) → logits (B, T, V)."""
+    start = 0 if prefix is None else prefix[0].shape[2]
+    positions = torch.arange(start, start + length).repeat(batch)
+    return model.logits(model(x, positions, CausalAttention(batch, prefix))).view(batch, length, -1)
+
+
+def our_logits(model, ids, prefix=None):
+    """ids (B, T) → logits (B, T, V), behind a kv prefix as CausalAttention takes it."""
+    return from_embedded(model, model.embed(ids.flatten()), *ids.shape, prefix)
+
+
 def same(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
 
@@ -55,8 +72,8 @@ def both(tmp_path):
     """both(**config) -> (our model read from the folder that the other one was saved in, transformers' model)."""
 
     def make(shard="1GB", **config):
-        theirs = lively(**config)
-        save(theirs, tmp_path / "model", max_shard_size=shard)
+        theirs = model(**config)
+        save(tmp_path / "model", theirs, max_shard_size=shard)
         return load(tmp_path / "model", dtype="float32", device="cpu").model, theirs
 
     return make
@@ -82,7 +99,7 @@ def test_every_rotation(both, rope):
 @pytest.mark.parametrize("name", ["llama3", "yarn", "linear"])
 def test_rotations_as_older_files_declare_them(tmp_path, name):
     """`rope_theta` at the top, `type` or `rope_type` in `rope_scaling`, and a null among its fields."""
-    save(lively(max_position_embeddings=256), tmp_path)
+    save(tmp_path, model(max_position_embeddings=256))
     raw = json.loads((tmp_path / "config.json").read_text())
     del raw["rope_parameters"]
     scaling = {field: value for field, value in ROPES[name].items() if field != "rope_theta"}
@@ -134,14 +151,14 @@ def test_a_kv_prefix_is_seen_whole_and_the_rest_causally(both, length, tokens):
 @torch.inference_mode()
 def test_soft_rows_are_embeddings_like_others(both):
     ours, theirs = both()
-    x = torch.randn(2, 30, 64, generator=torch.Generator().manual_seed(5)) * 0.2
+    x = torch.randn(2, 30, 128, generator=torch.Generator().manual_seed(5)) * 0.2
     same(from_embedded(ours, x.flatten(0, 1), 2, 30), theirs(inputs_embeds=x).logits)
 
 
 @pytest.mark.parametrize("config", [{}, {"attention_bias": True, "mlp_bias": True, "rope_parameters": YARN}])
 def test_the_gradient_of_the_input(both, config):
     ours, theirs = both(**config)
-    start = torch.randn(2, 20, 64, generator=torch.Generator().manual_seed(5)) * 0.2
+    start = torch.randn(2, 20, 128, generator=torch.Generator().manual_seed(5)) * 0.2
     weights = torch.randn(2, 20, 260, generator=torch.Generator().manual_seed(6))
     mine, yours = start.clone().requires_grad_(), start.clone().requires_grad_()
     (from_embedded(ours, mine.flatten(0, 1), 2, 20) * weights).mean().backward()
