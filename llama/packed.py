@@ -16,7 +16,7 @@ from torch import Tensor
 
 from llama.linear import OpaqueLinear
 
-KERNEL_ROWS = 128  # above it, unpacking once and a dense product are no slower than torch's weight-only kernels
+KERNEL_ROWS = 256  # above it, unpacking once and a dense product are no slower than torch's weight-only kernels
 TWOS_COMPLEMENT = (0.0, 1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, -8.0, -7.0, -6.0, -5.0, -4.0, -3.0, -2.0, -1.0)
 BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # unpacked at once: stays in the cache; outweighs a launch
 

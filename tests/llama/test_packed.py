@@ -11,7 +11,7 @@ from llama.linear import DenseLinear, FusedLinear
 from llama.packed import KERNEL_ROWS, TWOS_COMPLEMENT, CodebookLinear, Int8Linear, scale_dtype
 
 CPU = torch.device("cpu")
-ROWS = (1, 8, 40, 160)
+ROWS = (1, 8, 40, 300)
 DTYPES = (torch.float32, torch.bfloat16)
 N, K = 192, 256
 BLOCK = kernel_block()
