@@ -6,7 +6,9 @@ Knows the Hub's two layouts (one `model.safetensors`, or shards with an index); 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,9 @@ def tensor_files(directory: Path) -> dict[str, Path]:
     missing = sorted(name for name, path in files.items() if name not in held[path])
     if missing:
         raise BrokenCheckpoint(f"{INDEX} names tensors that the shards lack: {', '.join(missing[:3])}")
+    twice = sorted(name for name, count in Counter(chain.from_iterable(held.values())).items() if count > 1)
+    if twice:  # readers that go through the shards and readers that go by the index would see two models
+        raise BrokenCheckpoint(f"{directory} holds tensors in more than one shard: {', '.join(twice[:3])}")
     return files
 
 

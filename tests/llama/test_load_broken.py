@@ -128,6 +128,15 @@ def test_a_shard_outside_the_folder(tmp_path):
     refused(folder, BrokenCheckpoint, "a shard is a file beside the index")
 
 
+def test_a_tensor_in_two_shards(tmp_path):
+    """transformers would take whichever shard it reads last, we the one that the index names."""
+    folder = save(tmp_path, model(), max_shard_size="200KB")
+    first, second = sorted(folder.glob("model-*"))[:2]
+    name, tensor = next(iter(load_file(first).items()))
+    save_file(load_file(second) | {name: tensor + 1}, second)
+    refused(folder, BrokenCheckpoint, name)
+
+
 @pytest.mark.parametrize("level", ["w8g64", "int8", "nf4"])
 def test_weights_that_are_not_finite_have_no_scale(dense, level):
     weight = load_file(dense / "model.safetensors")[f"{UP}.weight"]
