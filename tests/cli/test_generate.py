@@ -79,8 +79,10 @@ def test_the_embedded_model_answers_behind_its_shipped_prompt(answer, tmp_path):
     model = Path(__file__).parents[2] / "models" / "smollm2-135m"
     if not model.is_dir():
         pytest.skip("make pulls models/smollm2-135m")
-    options = ("--model", model, "--store", tmp_path / "store", "--kv-memory", "64MiB", "--temperature", 0)
-    told = answer("generate", "The capital of France is", "--task", "general", "--max-tokens", 8, *options)
+    place = ("--model", model, "--level", "w3g64", "--store", tmp_path / "store", "--kv-memory", "64MiB")
+    told = answer(
+        "generate", "The capital of France is", "--task", "general", "--max-tokens", 8, "--temperature", 0, *place
+    )
     assert (told["prompt"]["resolution"], told["prompt"]["same_weights"]) == ("exact", True)
     assert (told["prompt"]["level"], told["usage"]["soft_tokens"]) == ("w3g64", 64)
     assert " " in told["text"]
