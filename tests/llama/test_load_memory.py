@@ -34,6 +34,7 @@ LAYER = {
 CASES = {  # stored, level, computed in, layers
     "fp32 to bf16": ("F32", None, "bfloat16", 6),
     "fp32 to w4g64": ("F32", "w4g64", "bfloat16", 6),
+    "bf16 to bf16": ("BF16", None, "bfloat16", 12),
     "bf16 to fp32": ("BF16", None, "float32", 12),
     "fp32 to nf4": ("F32", "nf4", "bfloat16", 6),
 }
