@@ -105,9 +105,7 @@ def text_digest(text: str) -> str:
 
 
 def _canonical(value: Any) -> bytes:
-    return json.dumps(
-        value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False
-    ).encode()
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
 
 
 def _numbers(config: LlamaConfig) -> dict[str, Any]:
@@ -128,10 +126,7 @@ def _vocabulary(raw: dict[str, Any]) -> dict[str, Any]:
         else:
             pairs = {str(token): int(index) for token, index in vocab.items()}
         pairs |= {added["content"]: int(added["id"]) for added in raw.get("added_tokens") or ()}
-        merges = [
-            merge.split(" ", 1) if isinstance(merge, str) else list(merge)
-            for merge in model.get("merges") or ()
-        ]
+        merges = [merge.split(" ", 1) if isinstance(merge, str) else list(merge) for merge in model.get("merges") or ()]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise BrokenCheckpoint(f"tokenizer.json holds no vocabulary that could be read: {error!r}") from error
     return {"vocab": sorted(pairs.items(), key=lambda pair: (pair[1], pair[0])), "merges": merges}

@@ -29,9 +29,7 @@ def convert(source: Path, target: Path) -> None:
         model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
     except (OSError, ValueError, KeyError, NotImplementedError) as error:
-        raise UnsupportedModel(
-            f"{source} is not a GGUF file of a LLaMA that transformers reads: {error}"
-        ) from error
+        raise UnsupportedModel(f"{source} is not a GGUF file of a LLaMA that transformers reads: {error}") from error
     config = model.config.to_diff_dict()
     for inner in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"):
         config.pop(inner, None)

@@ -41,13 +41,9 @@ class Manifest:
                 raise BrokenCheckpoint(f"{FILE}: {field.name} must be a text, got {value!r}")
         for name in ("base", "weights"):
             if not _DIGEST.fullmatch(getattr(self, name)):
-                raise BrokenCheckpoint(
-                    f"{FILE}: {name} must be sha256:<64 hex digits>, got {getattr(self, name)!r}"
-                )
+                raise BrokenCheckpoint(f"{FILE}: {name} must be sha256:<64 hex digits>, got {getattr(self, name)!r}")
         if not _LEVEL.fullmatch(self.level):
-            raise BrokenCheckpoint(
-                f"{FILE}: level {self.level!r} is not written canonically, such as dense or w3g64"
-            )
+            raise BrokenCheckpoint(f"{FILE}: level {self.level!r} is not written canonically, such as dense or w3g64")
 
     @classmethod
     def read(cls, directory: Path) -> Manifest | None:

@@ -118,9 +118,7 @@ class CausalAttention:
         self._prefix = prefix
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q, k, v = (
-            t.view(self._batch, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v)
-        )  # (B, heads, T, D)
+        q, k, v = (t.view(self._batch, -1, *t.shape[1:]).transpose(1, 2) for t in (q, k, v))  # (B, heads, T, D)
         mask = None
         if self._prefix is not None:
             k, v = (
@@ -128,8 +126,6 @@ class CausalAttention:
                 for p, t in zip(self._prefix, (k, v), strict=True)
             )
             # SDPA's is_causal aligns top-left when lengths differ; a prefix needs the lower-right triangle.
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(
-                k.shape[2] - q.shape[2]
-            )
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
         return out.transpose(1, 2).flatten(2).flatten(0, 1)

@@ -112,9 +112,7 @@ def pull(
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
             if not is_complete(target, report):
-                _replace(
-                    target, _fetch(name, revision, base, target.with_name(f".{target.name}.part"), report)
-                )
+                _replace(target, _fetch(name, revision, base, target.with_name(f".{target.name}.part"), report))
     except Timeout as busy:
         raise PullFailed(f"another pull into {target} is under way") from busy
     except OSError as error:
@@ -292,9 +290,7 @@ def _polled(step: str, folder: Path, total: int, report: Progress) -> Iterator[N
 
 def _bytes_under(folder: Path) -> int:
     size = 0
-    for parent, _, names in os.walk(
-        folder
-    ):  # which, unlike rglob, does not mind folders that vanish meanwhile
+    for parent, _, names in os.walk(folder):  # which, unlike rglob, does not mind folders that vanish meanwhile
         for name in names:
             with suppress(FileNotFoundError):
                 size += os.stat(os.path.join(parent, name)).st_size

@@ -47,11 +47,7 @@ def _llama3(rope: RopeConfig, inverse: Tensor) -> Tensor:
 def _yarn(rope: RopeConfig, inverse: Tensor, head_dim: int) -> Tensor:
     def dimension(rotations: float) -> float:
         """The axis that turns `rotations` times over the original context."""
-        return (
-            head_dim
-            * math.log(rope.original_max_len / (rotations * 2 * math.pi))
-            / (2 * math.log(rope.theta))
-        )
+        return head_dim * math.log(rope.original_max_len / (rotations * 2 * math.pi)) / (2 * math.log(rope.theta))
 
     low, high = dimension(rope.beta_fast), dimension(rope.beta_slow)
     if rope.truncate:

@@ -37,9 +37,7 @@ class Grid:
 
     def __post_init__(self) -> None:
         if self.bits not in BITS or self.group < 1:
-            raise UnsupportedModel(
-                f"no grid of {self.bits} bits in groups of {self.group}; bits are one of {BITS}"
-            )
+            raise UnsupportedModel(f"no grid of {self.bits} bits in groups of {self.group}; bits are one of {BITS}")
 
     @classmethod
     def of_level(cls, level: str) -> Grid | None:

@@ -81,9 +81,7 @@ def main() -> None:
 
 
 def arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=Path("models/smollm2-135m"))
     parser.add_argument("--data", type=Path, required=True, help="JSON lines with fields text and url")
     parser.add_argument("--level", default="w3g64")
@@ -95,9 +93,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, help="length of the schedule; without it, --minutes")
     parser.add_argument("--minutes", type=float, default=45.0)
-    parser.add_argument(
-        "--held-out", type=int, default=60, help="documents in each of the two held-out splits"
-    )
+    parser.add_argument("--held-out", type=int, default=60, help="documents in each of the two held-out splits")
     parser.add_argument("--selections", type=int, default=2, help="evaluations on the selection split")
     parser.add_argument("--trial", action="store_true", help="stop after the last selection")
     parser.add_argument("--init", type=Path, help="rows of an earlier run to go on from")
@@ -142,9 +138,7 @@ def load(directory: Path, level: str) -> LlamaForCausalLM:
     return model.requires_grad_(False).eval()
 
 
-def prompt_config(
-    args: argparse.Namespace, tokenizer: AutoTokenizer, manifest: Manifest
-) -> PromptTuningConfig:
+def prompt_config(args: argparse.Namespace, tokenizer: AutoTokenizer, manifest: Manifest) -> PromptTuningConfig:
     """Rows start as the embeddings of a real text."""
     text = (
         "The following is a text from the web, written by a person who knows the subject well. It is clear, correct "
@@ -175,9 +169,7 @@ def token_losses(
     run = model.model if body is None else body
     hidden = run(inputs_embeds=embeddings, use_cache=False).last_hidden_state[:, soft:-1]
     logits = model.lm_head(hidden)  # (B, T - 1, V)
-    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(
-        len(windows), -1
-    )
+    return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction="none").view(len(windows), -1)
 
 
 @torch.no_grad()
@@ -200,9 +192,7 @@ def schedule(done: float, warmup: float) -> float:
     return min(1.0, (done + 1e-4) / warmup) * 0.5 * (1 + math.cos(math.pi * done))
 
 
-def learn(
-    model: LlamaForCausalLM, rows: torch.nn.Parameter, splits: Splits, args: argparse.Namespace
-) -> dict:
+def learn(model: LlamaForCausalLM, rows: torch.nn.Parameter, splits: Splits, args: argparse.Namespace) -> dict:
     """Leave the best rows by the selection split in `rows`; return the recipe. Selecting is not on the clock."""
     body = torch.compile(model.model) if args.compile else None
     optimiser = torch.optim.AdamW([rows], lr=args.lr, weight_decay=0.0)
@@ -287,9 +277,7 @@ def compare(
 
 def write(args: argparse.Namespace, manifest: Manifest, rows: torch.Tensor, recipe: dict) -> None:
     """The prompt file, with its provenance."""
-    prompt = SoftPrompt(
-        "rows", manifest.base, {ROWS: rows.contiguous()}, bos="tokenizer", chat_template="none"
-    )
+    prompt = SoftPrompt("rows", manifest.base, {ROWS: rows.contiguous()}, bos="tokenizer", chat_template="none")
     provenance = Provenance(
         task="general",
         level=args.level,

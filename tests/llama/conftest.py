@@ -61,9 +61,7 @@ def tensors(seed: int = 0) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) * 0.1 for name, shape in shapes.items()}
 
 
-def write_checkpoint(
-    folder: Path, config=None, state=None, shards: int = 1, template: str | None = TEMPLATE
-) -> Path:
+def write_checkpoint(folder: Path, config=None, state=None, shards: int = 1, template: str | None = TEMPLATE) -> Path:
     """Fill `folder`; with several shards, tensors are dealt to them in turn."""
     folder.mkdir(parents=True, exist_ok=True)
     state = tensors() if state is None else state
@@ -83,9 +81,7 @@ def write_checkpoint(
         part = dict(list(state.items())[i::shards])
         save_file(part, folder / file, metadata={"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(
-        json.dumps({"metadata": {}, "weight_map": weight_map})
-    )
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return folder
 
 

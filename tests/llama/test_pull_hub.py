@@ -75,9 +75,7 @@ class Hub(BaseHTTPRequestHandler):
 def hub(make_checkpoint, monkeypatch):
     folder = make_checkpoint("upstream", shards=2)
     files = {path.name: path.read_bytes() for path in folder.iterdir()}
-    extra = dict.fromkeys(
-        ["pytorch_model.bin", "modeling_evil.py", "original/model.safetensors", "README.md"], b"x"
-    )
+    extra = dict.fromkeys(["pytorch_model.bin", "modeling_evil.py", "original/model.safetensors", "README.md"], b"x")
     handler = type("TinyHub", (Hub,), {"files": files | extra, "asked": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = Thread(target=server.serve_forever)
@@ -122,9 +120,7 @@ def test_a_cut_download_leaves_nothing_in_place_and_goes_on(tmp_path, hub):
         assert not (tmp_path / "got").exists()
         pull("org/tiny", tmp_path / "got")
     target = tmp_path / "got"
-    assert {name: (target / name).read_bytes() for name in shards} == {
-        name: hub.files[name] for name in shards
-    }
+    assert {name: (target / name).read_bytes() for name in shards} == {name: hub.files[name] for name in shards}
     bodies = [path for method, path, _ in hub.asked if method == "GET" and path.endswith(shards[0])]
     assert len(bodies) == 1  # the finished shard was not fetched a second time
 

@@ -24,7 +24,5 @@ def test_the_seed_names_the_embedded_model_and_the_weights_it_was_learned_throug
 def test_the_seed_carries_its_controls():
     train = read_prompt(SEED).provenance.train
     perplexity = train["report"]["perplexity"]
-    assert perplexity["w3g64 + prompt"] < min(
-        perplexity[f"w3g64{rest}"] for rest in ("", " + untrained prompt")
-    )
+    assert perplexity["w3g64 + prompt"] < min(perplexity[f"w3g64{rest}"] for rest in ("", " + untrained prompt"))
     assert {"data", "steps", "tokens", "lr", "seed", "loss"} <= train.keys()
