@@ -1,4 +1,4 @@
-"""OpenAI's shapes on the wire: completions, chat, tokenize, models."""
+"""OpenAI's shapes on the wire: completions, chat, models."""
 
 import json
 
@@ -331,35 +331,3 @@ def test_one_model(served, path, version):
 def test_the_base_as_a_model(served):
     assert served.client.get("/v1/models/tiny").json()["parent"] is None
     assert served.client.get("/v1/models/none-such").status_code == 404
-
-
-# -- tokenize --------------------------------------------------------------------------------------------------------
-
-
-def tokenize(served, status=200, **body):
-    return post(served, "/v1/tokenize", status, **body).json()
-
-
-def test_tokenize(served):
-    assert tokenize(served, prompt="hé") == {"count": 3, "max_model_len": 2048, "tokens": [104, 195, 169]}
-    assert tokenize(served, messages=USER)["tokens"] == [258, *b"user: hi\n"]
-    assert tokenize(served, prompt="")["count"] == 0
-    assert tokenize(served, model="haiku", prompt="a", add_special_tokens=False)["tokens"] == [97]
-
-
-def test_a_long_text_is_tokenised_too(served):
-    assert tokenize(served, prompt="x" * 100_000)["count"] == 100_000
-
-
-@pytest.mark.parametrize(
-    ("body", "status", "param"),
-    [
-        ({}, 400, "/prompt"),
-        ({"prompt": "a", "messages": USER}, 400, "/prompt"),
-        ({"messages": USER, "add_special_tokens": True}, 400, "/add_special_tokens"),
-        ({"prompt": "a", "model": "no-such"}, 404, "/model"),
-        ({"prompt": "a", "return_token_strs": True}, 400, "/return_token_strs"),
-    ],
-)
-def test_bad_tokenize(served, body, status, param):
-    assert tokenize(served, status, **body)["error"]["param"] == param
