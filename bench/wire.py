@@ -48,7 +48,8 @@ async def drive(url: str, bodies: Sequence[bytes], concurrency: int, key: str | 
     number of prompts each client stays with one: the kindest order for servers that keep a cache per slot.
     """
     headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency)
+    # A connection for each request: some servers close a kept one just when the next request is on its way.
+    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
     recordings: dict[int, Recording] = {}
     async with httpx.AsyncClient(headers=headers, timeout=TIMEOUT, limits=limits, trust_env=False) as client:
 

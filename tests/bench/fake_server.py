@@ -26,7 +26,7 @@ def create_app() -> Starlette:
 
     async def complete(request: Request) -> Response:
         body = await request.json()
-        seen.append(body)
+        seen.append({**body, "client": request.client.port})
         model = body["model"]
         if model == "busy":
             return JSONResponse({"error": {"message": "queue full"}}, 429)

@@ -63,6 +63,12 @@ def test_greedy_exact_length_requests(fake):
     assert body["stream_options"] == {"include_usage": True}
 
 
+def test_every_request_has_a_connection_of_its_own(fake):
+    """llama.cpp's server closes kept connections after a stream: the next request on one of them was lost."""
+    ask(fake, [None] * 8)
+    assert len({body["client"] for body in httpx.get(f"{fake}/seen").json()[-8:]}) == 8
+
+
 def test_first_tokens_compare_the_same_text_with_and_without(fake):
     httpx.post(f"{fake}/v1/prompts/slow/versions", content=b"")
     figures = first_tokens(fake, [Job(f"{TEXT} {i}", 4, "slow") for i in range(7)], forms.named("base"))
