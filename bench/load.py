@@ -50,7 +50,7 @@ def first_tokens(url: str, jobs: Sequence[Job], form: Form, *, key: str | None =
     Every prompt is used once before, so that it is warm; no text is sent twice in the same form.
     """
     tokens = 2
-    warm_up = list({job.prompt: job for job in jobs}.values())
+    warm_up = list(jobs[: len({job.prompt for job in jobs})])  # prompts take turns
     ours: list[Job] = []
     for i, job in enumerate(jobs[len(warm_up) :]):
         ours += [job, replace(job, prompt=None)][:: 1 if i % 2 else -1]

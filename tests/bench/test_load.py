@@ -83,6 +83,17 @@ def test_first_tokens_compare_the_same_text_with_and_without(fake):
     assert all(a["prompt"] == b["prompt"] for a, b in zip(last[::2], last[1::2], strict=True))
 
 
+def test_first_tokens_never_send_a_text_twice_in_one_form(fake):
+    """The texts that warmed the prompts up came again as pairs: a third of them was answered from the text cache."""
+    for task in ("one", "two"):
+        httpx.post(f"{fake}/v1/prompts/{task}/versions", content=b"")
+    jobs = [Job(f"only {i}", 2, ("one", "two")[i % 2]) for i in range(6)]
+    first_tokens(fake, jobs, forms.named("base"))
+    sent = [(body["model"], body["prompt"]) for body in httpx.get(f"{fake}/seen").json() if "only" in body["prompt"]]
+    assert len(sent) == len(set(sent)) == 2 + 2 * 4
+    assert [prompt for _, prompt in sent[:2]] == ["only 0", "only 1"]
+
+
 def test_command_line_writes_the_figures_and_fails_on_errors(fake, checkpoint, tmp_path):
     import typer
     from typer.testing import CliRunner
