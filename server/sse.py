@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
@@ -25,12 +26,12 @@ DONE = b"data: [DONE]\n\n"
 PING = b": ping\n\n"
 
 
-class Encoder:
+class Encoder(ABC):
     """Turns events into the objects of a stream. One for each stream; routes subclass it."""
 
+    @abstractmethod
     def encode(self, events: Sequence[Tagged]) -> list[dict[str, Any]]:
         """The objects to send now."""
-        raise NotImplementedError
 
 
 class EventStream(Response):
