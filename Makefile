@@ -57,7 +57,7 @@ $(TORCH_STAMP): | $(BIN)/python
 	$(PIP) install $(TORCH) $(if $(TORCH_INDEX_URL),--force-reinstall --index-url $(TORCH_INDEX_URL))
 	touch $@
 
-$(SERVING): requirements.lock pyproject.toml $(TORCH_STAMP)
+$(SERVING): requirements.lock pyproject.toml $(wildcard llama/kernels/*) $(TORCH_STAMP)
 	@echo "Installing the packages of requirements.lock"
 	$(LOCKED) -r requirements.lock
 	$(PIP) install --quiet --no-deps --no-build-isolation --editable .

@@ -1,7 +1,8 @@
-"""Attention over pages, in plain torch.
+"""Attention over pages.
 
-`KVPages` holds the keys and values of every layer; `PagedAttention` is one step's `Attend`: it writes the step's keys
-and values into their pages and lets every token look at its own sequence. Tensors in, tensors out: knows no requests.
+`KVPages` holds the keys and values of every layer. `attend` gives one step's `Attend`, which writes the step's keys and
+values into their pages and lets every token look at its own sequence: by our kernel, or in plain torch, which it is
+tested against. Tensors in, tensors out: knows no requests.
 """
 
 from __future__ import annotations
@@ -15,6 +16,21 @@ from torch import Tensor
 
 from engine.pages import BLANK_PAGE
 from llama.config import LlamaConfig
+from llama.model import Attend
+from llama.native import LANES, Kernels, kernels
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """Consecutive tokens of one sequence in the flat batch: `length` of them, the first at position `start`."""
+
+    table: Sequence[int]
+    start: int
+    length: int
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
 
 class KVPages:
@@ -48,6 +64,11 @@ class KVPages:
         for store in (self.keys, self.values):
             store.index_copy_(1, target, store.index_select(1, source))
 
+    def slots(self, span: Span) -> Sequence[int]:
+        """Where the tokens of a span lie: page * page size + offset."""
+        size = self.page_size
+        return [span.table[at // size] * size + at % size for at in range(span.start, span.end)]
+
     def write(self, layer: int, slots: Tensor, k: Tensor, v: Tensor) -> None:
         """k, v (T, KV heads, D) into slots (T,) = page * page size + offset."""
         self.keys[layer].flatten(0, 1).index_copy_(0, slots, k)
@@ -61,26 +82,41 @@ class KVPages:
         return k, v
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Consecutive tokens of one sequence in the flat batch: `length` of them, the first at position `start`."""
+def attend(kv: KVPages, spans: Sequence[Span]) -> Attend:
+    """The `Attend` of one step over `spans`, those of one token first; the fastest that the device has."""
+    keys = kv.keys
+    fits = keys.dtype in (torch.bfloat16, torch.float32) and kv.page_size % LANES == 0 and keys.shape[-1] % LANES == 0
+    if keys.device.type == "cpu" and fits and (ours := kernels()):
+        return NativeAttention(kv, spans, ours)
+    return PagedAttention(kv, spans)
 
-    table: Sequence[int]
-    start: int
-    length: int
 
-    @property
-    def end(self) -> int:
-        return self.start + self.length
+class NativeAttention:
+    """Every token by our kernel, which reads pages where they lie."""
+
+    def __init__(self, kv: KVPages, spans: Sequence[Span], ours: Kernels) -> None:
+        self._kv, self._kernels = kv, ours
+        width = max(len(span.table) for span in spans)
+        tables = [[*span.table, *[BLANK_PAGE] * (width - len(span.table))] for span in spans]
+        tokens = [(row, at) for row, span in enumerate(spans) for at in range(span.start, span.end)]
+        self._tables = torch.tensor(tables, dtype=torch.int32)
+        self._rows = torch.tensor([row for row, _ in tokens], dtype=torch.int32)
+        self._lengths = torch.tensor([at + 1 for _, at in tokens], dtype=torch.int32)
+        self._slots = torch.tensor([slot for span in spans for slot in kv.slots(span)])
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        keys, values = self._kv.keys[layer], self._kv.values[layer]
+        self._kernels.write(k, v, self._slots, keys, values)
+        return self._kernels.attention(q, keys, values, self._tables, self._rows, self._lengths)
 
 
 class PagedAttention:
-    """The `Attend` of one step. Spans of one token come first; they are computed as one padded batch."""
+    """In plain torch, on any device. Spans of one token are computed as one padded batch."""
 
     def __init__(self, kv: KVPages, spans: Sequence[Span]) -> None:
         self._kv = kv
         self._device, self._dtype = kv.keys.device, kv.keys.dtype
-        self._slots = self._tensor([slot for span in spans for slot in self._slots_of(span)])
+        self._slots = self._tensor([slot for span in spans for slot in kv.slots(span)])
         self._singles = sum(1 for span in spans if span.length == 1)
         assert all(span.length == 1 for span in spans[: self._singles])
         self._chunks = [self._chunk(span) for span in spans[self._singles :]]
@@ -132,10 +168,6 @@ class PagedAttention:
         tables = [[*span.table[:width], *[BLANK_PAGE] * (width - len(span.table))] for span in spans]
         hidden = torch.arange(width * size, device=self._device) >= self._tensor([span.end for span in spans])[:, None]
         return self._tensor(tables), self._additive(hidden)[:, None, None]
-
-    def _slots_of(self, span: Span) -> Sequence[int]:
-        size = self._kv.page_size
-        return [span.table[at // size] * size + at % size for at in range(span.start, span.end)]
 
     def _additive(self, hidden: Tensor) -> Tensor:
         return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)

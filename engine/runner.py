@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engine import stitch
-from engine.attention import KVPages, PagedAttention, Span
+from engine.attention import KVPages, Span, attend
 from engine.scheduler import Batch, Chunk
 from llama.model import Llama
 
@@ -44,7 +44,7 @@ class Runner:
         spans = [Span(c.sequence.table, c.sequence.ticket.soft_tokens + c.start, c.end - c.start) for c in chunks]
         ids = self._tensor([token for c in chunks for token in c.sequence.tokens[c.start : c.end]])
         positions = self._tensor([at for span in spans for at in range(span.start, span.end)])
-        hidden = self.model(self.model.embed(ids), positions, PagedAttention(self.kv, spans))
+        hidden = self.model(self.model.embed(ids), positions, attend(self.kv, spans))
         return self._logits(hidden, chunks, spans)
 
     def _logits(self, hidden: Tensor, chunks: list[Chunk], spans: list[Span]) -> StepOutput:

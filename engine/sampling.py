@@ -47,11 +47,9 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     for i, row in enumerate(rows):
         _adjust(logits[i], row)
     tokens = _best(logits).tolist()
-    for i, token in _draw_plain(logits, [i for i, row in enumerate(rows) if _is_plain(row.params)], rows):
-        tokens[i] = token
     for i, row in enumerate(rows):
-        if row.params.temperature > 0 and not _is_plain(row.params):
-            tokens[i] = _draw_filtered(logits[i] / row.params.temperature, row)
+        if row.params.temperature > 0:
+            tokens[i] = _draw(logits[i] / row.params.temperature, row)
     return [
         Sampled(token, told(raw[i], token, row.params.logprobs or 0) if i in raw else None)
         for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
@@ -66,10 +64,11 @@ def told(logprobs: Tensor, token: int, top: int) -> TokenLogprob:
     )
 
 
-def uniform(seed: int, index: int, step: int) -> float:
-    """A number in [0, 1) that depends on seed, choice and token position alone."""
+def noise(seed: int, index: int, step: int, size: int) -> Tensor:
+    """Standard Gumbel noise (size,), on the CPU, that depends on seed, choice and token position alone."""
     key = b"".join(part.to_bytes(8, "little") for part in (seed, index, step))
-    return int.from_bytes(hashlib.blake2b(key, digest_size=8).digest(), "little") / 2**64
+    stream = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
+    return torch.rand(size, generator=stream).log_().neg_().log_().neg_()
 
 
 def _best(logits: Tensor) -> Tensor:
@@ -80,15 +79,6 @@ def _best(logits: Tensor) -> Tensor:
     stretches = logits.view(len(logits), logits.shape[1] // stretch, stretch)
     at = stretches.amax(-1).argmax(-1)  # (R,)
     return at * stretch + stretches[torch.arange(len(logits), device=logits.device), at].argmax(-1)
-
-
-def _noise(row: Row) -> float:
-    return uniform(row.seed, row.index, len(row.tokens) - row.num_text)
-
-
-def _is_plain(params: SamplingParams) -> bool:
-    """Sampled from the whole distribution."""
-    return params.temperature > 0 and params.top_k == 0 and params.top_p >= 1 and params.min_p <= 0
 
 
 def _adjust(logits: Tensor, row: Row) -> None:
@@ -114,20 +104,21 @@ def _adjust(logits: Tensor, row: Row) -> None:
         logits[sorted(row.banned)] = -math.inf
 
 
-def _draw_plain(logits: Tensor, which: Sequence[int], rows: Sequence[Row]) -> list[tuple[int, int]]:
-    """Rows without filters, all at once: invert the distribution over token ids."""
-    if not which:
-        return []
-    temperatures = torch.tensor([[rows[i].params.temperature] for i in which], device=logits.device)
-    cumulative = (logits[list(which)] / temperatures).softmax(-1).cumsum(-1)
-    noise = torch.tensor([[_noise(rows[i])] for i in which], device=logits.device)
-    tokens = _invert(cumulative, noise)
-    return list(zip(which, tokens.tolist(), strict=True))
+def _draw(scaled: Tensor, row: Row) -> int:
+    """One row (V,), temperature applied, under top_k, top_p and min_p, in this order.
+
+    What is left is drawn by the Gumbel-max trick (Gumbel 1954). To invert the cumulative distribution would be cheaper;
+    but there rounding, which differs from batch to batch, moves every border between two tokens.
+    """
+    gumbel = noise(row.seed, row.index, len(row.tokens) - row.num_text, scaled.shape[0]).to(scaled.device)
+    if row.params.top_k == 0 and row.params.top_p >= 1 and row.params.min_p <= 0:
+        return int(gumbel.add_(scaled).argmax())
+    ids = _kept(scaled, row.params)
+    return int(ids[(scaled[ids] + gumbel[ids]).argmax()])
 
 
-def _draw_filtered(scaled: Tensor, row: Row) -> int:
-    """One row (V,), temperature applied, under top_k, top_p and min_p, in this order."""
-    params = row.params
+def _kept(scaled: Tensor, params: SamplingParams) -> Tensor:
+    """The ids that the filters leave, best first."""
     limit = min(params.top_k or scaled.shape[0], scaled.shape[0])
     values, ids = scaled.topk(min(limit, SHORTLIST))
     total = values.logsumexp(-1) if limit <= SHORTLIST else scaled.logsumexp(-1)
@@ -138,9 +129,7 @@ def _draw_filtered(scaled: Tensor, row: Row) -> int:
     before = probabilities.cumsum(-1) - probabilities
     keep = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
     keep[0] = True  # the best one always stays
-    kept = probabilities[keep].cumsum(-1)
-    at = _invert(kept[None], torch.tensor([[_noise(row)]], device=scaled.device))
-    return int(ids[keep][at])
+    return ids[keep]
 
 
 def _reaches(values: Tensor, total: Tensor, params: SamplingParams) -> bool:
@@ -149,9 +138,3 @@ def _reaches(values: Tensor, total: Tensor, params: SamplingParams) -> bool:
         return False
     probabilities = (values - total).exp()
     return bool(probabilities.sum() >= params.top_p or probabilities[-1] < params.min_p * probabilities[0])
-
-
-def _invert(cumulative: Tensor, noise: Tensor) -> Tensor:
-    """cumulative (R, C), noise (R, 1) in [0, 1) → the index (R,) whose share of the mass holds the noise."""
-    at = torch.searchsorted(cumulative, noise.to(cumulative.dtype) * cumulative[:, -1:], right=True)
-    return at.clamp_(max=cumulative.shape[1] - 1)[:, 0]

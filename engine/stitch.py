@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.attention import KVPages, PagedAttention, Span
+from engine.attention import KVPages, Span, attend
 from llama.model import Llama
 from llama.rope import rotate
 from prompts_store.prompt import SoftPrompt
@@ -37,7 +37,7 @@ def fill(model: Llama, kv: KVPages, prompt: SoftPrompt, pages: Sequence[int]) ->
     positions = torch.arange(n, device=model.device)
     if prompt.kind == "rows":
         rows = prompt.tensors["prompt_embeddings"].to(model.device, model.dtype)
-        model(rows, positions, PagedAttention(kv, [Span(pages, 0, n)]))
+        model(rows, positions, attend(kv, [Span(pages, 0, n)]))
         return
     keys, values = (prompt.tensors[name].to(model.device, model.dtype) for name in ("keys", "values"))
     rotation = model.rope.tables(positions)

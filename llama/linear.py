@@ -15,7 +15,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-PREPACK_ROWS = 32  # the batch that the CPU library is told to expect; the speed at 1 and at 128 rows is the same
+from llama import native
+
+PREPACK_ROWS = 32  # the batch that oneDNN is told to expect; the speed at 1 and at 128 rows is the same
 
 
 class Linear(nn.Module):
@@ -72,8 +74,8 @@ class _Opaque(torch.autograd.Function):
 class DenseLinear(OpaqueLinear):
     """Weights in the compute dtype.
 
-    `prepare` puts bf16 weights on the CPU into the blocked layout of oneDNN, in place of the plain one: half as fast
-    again with one row, a tenth faster with 32. In fp32 one row gets slower by it, so fp32 stays as it is.
+    `prepare` rearranges bf16 weights on the CPU for the faster of two products, in place of the plain ones: our own,
+    which sums in fp32, or oneDNN's, where the CPU has matrix units. In fp32 nothing is gained, so that stays as it is.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -81,19 +83,25 @@ class DenseLinear(OpaqueLinear):
         self.out_features, self.in_features = weight.shape
         self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.prepacked: Tensor | None
+        self.panels: Tensor | None  # as `native.Kernels.panels` lays them out
+        self.prepacked: Tensor | None  # as oneDNN does
+        self.register_buffer("panels", None, persistent=False)
         self.register_buffer("prepacked", None, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if self.weight is None else F.linear(x, self.weight, self.bias)
 
     def product(self, x: Tensor) -> Tensor:
+        if self.panels is not None and (ours := native.kernels()):
+            return ours.linear(x, self.panels, self.bias, self.out_features)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.prepacked, self.bias, "none", [], "")
         return y
 
     def dense(self) -> Tensor:
         if self.weight is not None:
             return self.weight
+        if self.panels is not None:
+            return native.unpanelled(self.panels, self.out_features)
         assert self.prepacked is not None
         return self.prepacked.to_dense()
 
@@ -101,7 +109,9 @@ class DenseLinear(OpaqueLinear):
         weight = self.weight
         if weight is None or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
             return
-        if torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if ours := native.product():
+            self.panels, self.weight = ours.panels(weight.detach()), None
+        elif torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PREPACK_ROWS)
             self.weight = None
 

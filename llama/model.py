@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama import native
 from llama.config import LlamaConfig
 from llama.linear import Linear
 from llama.rope import Rope, Rotation, rotate
@@ -34,7 +35,17 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
+        if kernels := native.fused(x):
+            return kernels.norm(x, self.weight, self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+
+def swiglu(gate_up: Tensor) -> Tensor:
+    """gate_up (T, 2 I) → silu(gate) * up (T, I) (Shazeer 2020)."""
+    if kernels := native.fused(gate_up):
+        return kernels.swiglu(gate_up)
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
 
 
 class Block(nn.Module):
@@ -62,8 +73,7 @@ class Block(nn.Module):
         qk = rotate(heads[:, : self.heads + self.kv_heads], rotation)
         q, k, v = qk[:, : self.heads], qk[:, self.heads :], heads[:, self.heads + self.kv_heads :]
         x = x + self.o(attend(self.index, q, k, v))
-        gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.down(swiglu(self.gate_up(self.mlp_norm(x))))
 
 
 class Llama(nn.Module):

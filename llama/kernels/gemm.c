@@ -1,0 +1,123 @@
+/* y = x Wᵀ + b for bf16, multiplied and summed in fp32.
+ *
+ * Where a CPU has AVX-512 but no matrix unit, its bf16 dot product is often half as fast as fp32's multiply-add. So
+ * weights are read as bf16, half the bytes, and widened in registers. W (N, K) lies in panels of 32 outputs: for each of
+ * the K inputs 32 weights, output i beside output i + 16, so that one shift and one mask widen them.
+ */
+#include "vectors.h"
+
+#define PANEL 32 /* outputs: two vectors */
+#define TILE 12  /* rows of x at once: 24 sums, which leaves registers for two weights and an input */
+
+/* Sums of `rows` rows over one panel; x holds TILE rows side by side for each input. With few rows the inputs are dealt
+ * out to several sums, since one sum has to wait for itself. */
+INLINE void tile(const int rows, long k, const float *x, const uint32_t *panel, float *sums) {
+    const int ways = rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+    __m512 sum[4][TILE][2];
+#pragma GCC unroll 4
+    for (int w = 0; w < ways; w++)
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) sum[w][r][0] = sum[w][r][1] = _mm512_setzero_ps();
+    for (long i = 0; i < k; i += ways)
+#pragma GCC unroll 4
+        for (int w = 0; w < ways; w++) {
+            if (ways > 1 && i + w >= k) break;
+            __m512i pair = _mm512_loadu_si512(panel + LANES * (i + w));
+            __m512 left = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+            __m512 right = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
+#pragma GCC unroll 12
+            for (int r = 0; r < rows; r++) {
+                __m512 input = _mm512_set1_ps(x[TILE * (i + w) + r]);
+                sum[w][r][0] = _mm512_fmadd_ps(input, left, sum[w][r][0]);
+                sum[w][r][1] = _mm512_fmadd_ps(input, right, sum[w][r][1]);
+            }
+        }
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++) {
+            __m512 total = sum[0][r][half];
+#pragma GCC unroll 4
+            for (int w = 1; w < ways; w++) total = _mm512_add_ps(total, sum[w][r][half]);
+            _mm512_storeu_ps(sums + PANEL * r + LANES * half, total);
+        }
+}
+
+AVX512 static void tile_of(int rows, long k, const float *x, const uint32_t *panel, float *sums) {
+    switch (rows) {
+    case 1: return tile(1, k, x, panel, sums);
+    case 2: return tile(2, k, x, panel, sums);
+    case 3: return tile(3, k, x, panel, sums);
+    case 4: return tile(4, k, x, panel, sums);
+    case 5: return tile(5, k, x, panel, sums);
+    case 6: return tile(6, k, x, panel, sums);
+    case 7: return tile(7, k, x, panel, sums);
+    case 8: return tile(8, k, x, panel, sums);
+    case 9: return tile(9, k, x, panel, sums);
+    case 10: return tile(10, k, x, panel, sums);
+    case 11: return tile(11, k, x, panel, sums);
+    default: return tile(TILE, k, x, panel, sums);
+    }
+}
+
+/* Rows start .. start + rows of x (M, K), widened and turned so that the TILE values of one input are neighbours. */
+AVX512 static void turn(const bf16 *x, long k, int rows, float *turned) {
+    float lane[LANES];
+    for (int r = 0; r < rows; r++)
+        for (long i = 0; i < k; i += LANES) {
+            long n = k - i < LANES ? k - i : LANES;
+            _mm512_storeu_ps(lane, load(x, r * k + i, first(n), 0));
+            for (long j = 0; j < n; j++) turned[TILE * (i + j) + r] = lane[j];
+        }
+}
+
+/* W (N, K) row by row -> panels (ceil(N / 32), K, 16) of pairs; outputs beyond N are zero. */
+void promptstitch_panels(const bf16 *w, long n, long k, uint32_t *panels) {
+    long count = (n + PANEL - 1) / PANEL;
+#pragma omp parallel for
+    for (long p = 0; p < count; p++)
+        for (long c = 0; c < LANES; c++) {
+            long left = p * PANEL + c, right = left + LANES;
+            for (long i = 0; i < k; i++) {
+                uint32_t low = left < n ? w[left * k + i] : 0, high = right < n ? w[right * k + i] : 0;
+                panels[(p * k + i) * LANES + c] = high << 16 | low;
+            }
+        }
+}
+
+/* x (M, K) -> y (M, N); bias (N,) or NULL. */
+AVX512 void promptstitch_gemm(const bf16 *x, const uint32_t *panels, const bf16 *bias, long m, long n, long k, bf16 *y) {
+    static __thread struct scratch kept;
+    long tiles = (m + TILE - 1) / TILE, count = (n + PANEL - 1) / PANEL;
+    float *turned = reserve(&kept, sizeof(float) * tiles * TILE * k);
+    int even = (int)((m + tiles - 1) / tiles); /* rows a tile: 11, 11 and 10 rather than 12, 12 and 8 */
+    tiles = (m + even - 1) / even;
+#pragma omp parallel
+    {
+#pragma omp for
+        for (long t = 0; t < tiles; t++) {
+            long start = t * even;
+            turn(x + start * k, k, (int)(m - start < even ? m - start : even), turned + t * TILE * k);
+        }
+        float sums[TILE * PANEL];
+#pragma omp for schedule(dynamic)
+        for (long p = 0; p < count; p++) {
+            long from = p * PANEL, left = n - from;
+            __m512 b0 = bias ? load(bias, from, first(left), 0) : _mm512_setzero_ps();
+            __m512 b1 = bias && left > LANES ? load(bias, from + LANES, first(left - LANES), 0) : _mm512_setzero_ps();
+            for (long t = 0; t < tiles; t++) {
+                long start = t * even;
+                int rows = (int)(m - start < even ? m - start : even);
+                tile_of(rows, k, turned + t * TILE * k, panels + p * k * LANES, sums);
+                for (int r = 0; r < rows; r++) {
+                    bf16 *out = y + (start + r) * n + from;
+                    store(out, 0, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r), b0), first(left), 0);
+                    if (left > LANES)
+                        store(out, LANES, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r + LANES), b1),
+                              first(left - LANES), 0);
+                }
+            }
+        }
+    }
+}

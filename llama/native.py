@@ -1,0 +1,141 @@
+"""Our own kernels for the CPU, as functions of tensors.
+
+The C sources stand in `llama/kernels` and are built with the package. They share the thread pool of torch, since both
+use the OpenMP library that torch has loaded by then. Everything here has a plain equivalent in torch, which is what
+runs where the kernels do not. Knows no layers.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import time
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+PANEL = 32  # outputs of a panel of weights
+LANES = 16  # what page sizes and head widths must be multiples of
+POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+SIGNATURES = {
+    "panels": (POINTER, LONG, LONG, POINTER),
+    "gemm": (POINTER, POINTER, POINTER, LONG, LONG, LONG, POINTER),
+    "norm": (POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
+    "rotate": (POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER),
+    "swiglu": (POINTER, LONG, LONG, POINTER),
+    "write": (INT, POINTER, LONG, POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER),
+    "attention": (INT, POINTER, LONG, *[POINTER] * 3, LONG, *[POINTER] * 2, *[LONG] * 5, FLOAT, POINTER),
+}
+
+
+class Kernels:
+    """The functions of the library. Tensors are on the CPU; bf16 unless said."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._call = {name: getattr(library, f"promptstitch_{name}") for name in SIGNATURES}
+        for name, signature in SIGNATURES.items():
+            self._call[name].argtypes, self._call[name].restype = signature, None
+
+    def panels(self, weight: Tensor) -> Tensor:
+        """W (N, K) → (ceil(N / 32), K, 16) int32, as `linear` reads it."""
+        (n, k), weight = weight.shape, weight.contiguous()
+        panels = torch.empty(-(-n // PANEL), k, PANEL // 2, dtype=torch.int32)
+        self._call["panels"](weight.data_ptr(), n, k, panels.data_ptr())
+        return panels
+
+    def linear(self, x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+        """x (T, K) → x Wᵀ + b (T, N), summed in fp32."""
+        x = x.contiguous()
+        (m, k), y = x.shape, x.new_empty(x.shape[0], out_features)
+        b = None if bias is None else bias.data_ptr()
+        self._call["gemm"](x.data_ptr(), panels.data_ptr(), b, m, out_features, k, y.data_ptr())
+        return y
+
+    def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """x (T, H) → (T, H)."""
+        x = x.contiguous()
+        y = torch.empty_like(x)
+        self._call["norm"](x.data_ptr(), weight.data_ptr(), eps, *x.shape, y.data_ptr())
+        return y
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (T, heads, D), D a multiple of 32, cos and sin (T, 1, D) → (T, heads, D)."""
+        x = x if x.stride(1) == x.shape[2] else x.contiguous()
+        y = x.new_empty(x.shape)
+        self._call["rotate"](x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), *x.shape, y.data_ptr())
+        return y
+
+    def swiglu(self, x: Tensor) -> Tensor:
+        """x (T, 2 I), gate beside up → silu(gate) * up (T, I)."""
+        y = x.new_empty(x.shape[0], x.shape[1] // 2)
+        self._call["swiglu"](x.data_ptr(), *y.shape, y.data_ptr())
+        return y
+
+    def write(self, k: Tensor, v: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
+        """k, v (T, KV heads, D) bf16 or fp32 → slots (T,) int64 of keys and values (pages, page size, KV heads, D)."""
+        wide, width = k.dtype == torch.float32, k.shape[1] * k.shape[2]
+        at = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), slots.data_ptr())
+        self._call["write"](wide, *at, len(k), width, keys.data_ptr(), values.data_ptr())
+
+    def attention(
+        self, q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, rows: Tensor, lengths: Tensor
+    ) -> Tensor:
+        """q (T, heads, D) bf16 or fp32, keys and values as in `write` → (T, heads * D).
+
+        Token t sees the first lengths[t] positions of the block table tables[rows[t]]; all three int32.
+        """
+        (tokens, heads, dim), (_, page, kv_heads, _) = q.shape, keys.shape
+        out = q.new_empty(tokens, heads * dim)
+        where = (keys.data_ptr(), values.data_ptr(), tables.data_ptr(), tables.shape[1], rows.data_ptr())
+        shape = (tokens, kv_heads, heads // kv_heads, dim, page)
+        wide = q.dtype == torch.float32
+        self._call["attention"](
+            wide, q.data_ptr(), q.stride(0), *where, lengths.data_ptr(), *shape, dim**-0.5, out.data_ptr()
+        )
+        return out
+
+
+def unpanelled(panels: Tensor, out_features: int) -> Tensor:
+    """What `Kernels.panels` was given: W (N, K) bf16."""
+    pairs = panels.view(torch.bfloat16).view(*panels.shape, 2)  # (panels, K, 16, which half)
+    return pairs.permute(0, 3, 2, 1).reshape(-1, panels.shape[1])[:out_features]
+
+
+@cache
+def kernels() -> Kernels | None:
+    """The kernels, or None where they were not built or this CPU does not run them."""
+    spec = importlib.util.find_spec("llama._kernels")
+    if spec is None or spec.origin is None:
+        return None
+    library = ctypes.CDLL(spec.origin)
+    return Kernels(library) if library.promptstitch_kernels_supported() else None
+
+
+def fused(x: Tensor) -> Kernels | None:
+    """The kernels if they compute on x: bf16 on the CPU, and nobody asks for a gradient."""
+    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    return kernels()
+
+
+@cache
+def product() -> Kernels | None:
+    """The kernels if their product of bf16 is faster here than torch's, which has matrix units where ours has none."""
+    ours = kernels()
+    if ours is None:
+        return None
+    x, weight = torch.ones(64, 512, dtype=torch.bfloat16), torch.ones(1024, 512, dtype=torch.bfloat16)
+    panels = ours.panels(weight)
+    return ours if _time(lambda: ours.linear(x, panels, None, 1024)) < _time(lambda: F.linear(x, weight)) else None
+
+
+def _time(call: Callable[[], object]) -> float:
+    def once() -> float:
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return min(once() for _ in range(10))

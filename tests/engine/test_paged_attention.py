@@ -1,0 +1,62 @@
+"""Our attention kernel against the plain one over the same pages."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from engine.attention import KVPages, NativeAttention, PagedAttention, Span, attend
+from llama.config import LlamaConfig, RopeConfig
+from llama.native import kernels
+
+native = kernels()
+pytestmark = pytest.mark.skipif(native is None, reason="the kernels were not built, or this CPU does not run them")
+SPANS = [Span([5, 2, 9], 40, 1), Span([1], 0, 1), Span([7, 3, 8], 11, 30), Span([4], 0, 16), Span([6, 11], 16, 1)]
+IN_ORDER = sorted(SPANS, key=lambda span: span.length)
+
+
+def pages(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> KVPages:
+    rope = RopeConfig(1e4)
+    config = LlamaConfig(heads * dim, 2, heads, kv_heads, dim, 32, 64, 512, 1e-5, rope, True, False, False)
+    kv = KVPages(config, 12, 16, dtype, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(0)
+    for store in (kv.keys, kv.values):
+        store.copy_(torch.randn(store.shape, generator=generator))
+    return kv
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 128), (10, 2, 80)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_decoding_and_prefill_in_one_batch(dtype, tolerance, heads, kv_heads, dim):
+    plain, ours = pages(dtype, heads, kv_heads, dim), pages(dtype, heads, kv_heads, dim)
+    tokens = sum(span.length for span in IN_ORDER)
+    q, k, v = (torch.randn(tokens, n, dim).to(dtype) for n in (heads, kv_heads, kv_heads))
+    expected = PagedAttention(plain, IN_ORDER)(1, q, k, v)
+    got = NativeAttention(ours, IN_ORDER, native)(1, q, k, v)
+    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
+    assert torch.equal(ours.keys, plain.keys)
+    assert torch.equal(ours.values, plain.values)
+
+
+def test_rows_of_a_wider_tensor_are_read_in_place():
+    """As the model hands them over: slices of one product."""
+    plain, ours = pages(torch.float32, 4, 2, 32), pages(torch.float32, 4, 2, 32)
+    tokens = sum(span.length for span in IN_ORDER)
+    q, k, v = torch.randn(tokens, 8, 32).split((4, 2, 2), 1)
+    expected = PagedAttention(plain, IN_ORDER)(0, q, k, v)
+    torch.testing.assert_close(NativeAttention(ours, IN_ORDER, native)(0, q, k, v), expected)
+
+
+def test_what_lies_behind_a_sequence_does_not_matter():
+    """A page's unused slots may hold anything, even what is not a number."""
+    kv = pages(torch.float32, 4, 2, 32)
+    kv.keys[0, 3, 5:], kv.values[0, 3, 5:] = torch.nan, torch.nan
+    q, k, v = (torch.randn(1, n, 32) for n in (4, 2, 2))
+    assert NativeAttention(kv, [Span([3], 4, 1)], native)(0, q, k, v).isfinite().all()
+
+
+def test_the_kernel_is_taken_where_it_fits():
+    span = [Span([1], 0, 1)]
+    assert isinstance(attend(pages(torch.bfloat16, 4, 2, 32), span), NativeAttention)
+    assert isinstance(attend(pages(torch.float16, 4, 2, 32), span), PagedAttention)
+    assert isinstance(attend(pages(torch.float32, 4, 2, 24), span), PagedAttention)
