@@ -1,15 +1,32 @@
-"""The store's API keys, as the server asks for them. Knows no routes and no scopes; keeps no secret."""
+"""The store's API keys, as the server asks for them. Knows no routes and no scopes; keeps no secret.
+
+A key that was found is remembered by the hash of its secret, for a second and until something changes here: a busy
+client costs one look into the database a second, and a key that another process revokes is worthless within one.
+"""
 
 from __future__ import annotations
 
+import hashlib
 import time
+from dataclasses import dataclass
 
 from prompts_store.records import ApiKey
 from prompts_store.store import PromptStore
 from server.registry import Registry
 
 MAX_SECRET = 512
-REMEMBERED_SECONDS = 2.0
+REMEMBERED_SECONDS = 2.0  # that there is no key at all
+KNOWN_SECONDS = 1.0  # that this key lives
+KNOWN_KEYS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """A live key, and how long that holds: its epoch, and a moment."""
+
+    key: ApiKey
+    epoch: int
+    until: float
 
 
 class KeyRing:
@@ -20,6 +37,7 @@ class KeyRing:
         self._registry = registry
         self._configured = False
         self._looked = float("-inf")
+        self._known: dict[bytes, _Known] = {}
 
     async def configured(self) -> bool:
         """Whether there is a key, or ever was while we run: revoking the last one must not open the doors.
@@ -39,5 +57,16 @@ class KeyRing:
         """The live key of this secret in the served namespace."""
         if not secret or len(secret) > MAX_SECRET or "\0" in secret:
             return None
+        name = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
+        known = self._known.get(name)
+        if known and known.epoch == self._registry.epoch and time.monotonic() < known.until:
+            return known.key
+        epoch, asked = self._registry.epoch, time.monotonic()  # before asking: a revocation may come meanwhile
         key = await self._registry.read("key", self._store.keys.lookup, secret)
-        return key if key and key.namespace == self._store.namespace else None
+        if key is None or key.namespace != self._store.namespace:
+            self._known.pop(name, None)
+            return None  # not remembered: whoever guesses would fill the memory
+        if len(self._known) >= KNOWN_KEYS:
+            self._known.clear()
+        self._known[name] = _Known(key, epoch, asked + KNOWN_SECONDS)
+        return key
