@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, get_args
@@ -69,12 +69,16 @@ class PromptFile:
 
 
 def read_prompt(
-    source: Path | bytes, limits: Limits = ANY, *, default_base: str | None = None, bos: Bos | None = None
+    source: Path | bytes | io.BufferedIOBase,
+    limits: Limits = ANY,
+    *,
+    default_base: str | None = None,
+    bos: Bos | None = None,
 ) -> PromptFile:
     """Read a file of any dtype into an fp32 prompt. `default_base` and `bos` count where the file does not say.
 
-    Nothing but the header is read before sizes, shapes and names are found to be right. Raises InvalidArtifact, and
-    OSError for a path that cannot be read.
+    Nothing but the header is read before sizes, shapes and names are found to be right; a stream is left open. Raises
+    InvalidArtifact, and OSError for a path that cannot be read.
     """
     with _opened(source) as stream:
         length = stream.seek(0, io.SEEK_END)
@@ -164,8 +168,10 @@ class _Layout:
                 raise InvalidArtifact("shape_mismatch", message, "shape")
 
 
-def _opened(source: Path | bytes) -> AbstractContextManager[io.BufferedIOBase]:
-    return io.BytesIO(source) if isinstance(source, bytes) else source.open("rb")
+def _opened(source: Path | bytes | io.BufferedIOBase) -> AbstractContextManager[io.BufferedIOBase]:
+    if isinstance(source, Path):
+        return source.open("rb")
+    return io.BytesIO(source) if isinstance(source, bytes) else nullcontext(source)
 
 
 def _kind(header: Header) -> Kind:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from io import BufferedIOBase
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ class _Config:
 
 def read_peft(
     config: bytes,
-    weights: Path | bytes,
+    weights: Path | bytes | BufferedIOBase,
     limits: Limits = ANY,
     *,
     default_base: str | None = None,

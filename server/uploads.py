@@ -1,6 +1,7 @@
 """An uploaded prompt on its way to the registry: to disk under a cap, hashed as it comes, then read strictly.
 
-Nothing of it is in memory whole before its header has been judged. Knows no database.
+Nothing of it is in memory whole before its header has been judged. On the disk it has no name, so that however the
+process ends nothing of it is left. Knows no database.
 """
 
 from __future__ import annotations
@@ -10,12 +11,11 @@ import binascii
 import errno
 import hashlib
 import re
-import shutil
 import tempfile
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from io import BufferedIOBase
 from typing import Any, cast
 
 from fastapi import Request
@@ -43,8 +43,8 @@ _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 class Upload:
     """What came: a prompt's file, with its config if it is an adapter. `sha256` and `size` are the body's."""
 
-    weights: Path
-    config: Path | None
+    weights: BufferedIOBase
+    config: bytes | None
     sha256: str
     size: int
 
@@ -55,7 +55,7 @@ class Upload:
         if self.config is None:
             file = read_prompt(self.weights, limits, default_base=info.base, bos=bos)
         else:
-            file = read_peft(self.config.read_bytes(), self.weights, limits, default_base=info.base, bos=bos)
+            file = read_peft(self.config, self.weights, limits, default_base=info.base, bos=bos)
         try:
             engine.check_prompt(file.prompt)
         except InvalidRequest as error:
@@ -86,19 +86,14 @@ async def received(request: Request, settings: Settings, content_digest: str | N
         raise ApiError(415, "unsupported_format", message, param="Content-Type")
     expected = _sha256_of(content_digest)
     body = _Hashed(chunks(request, settings.max_upload, settings.receipt_timeout))
+    staged = _parts(request, body) if kind == MULTIPART else _whole(body)
     try:
-        with tempfile.TemporaryDirectory(prefix="promptstitch-upload-") as name:
-            folder = Path(name)
-            config = None
-            if kind == MULTIPART:
-                config = await _save_parts(request, body, folder)
-            else:
-                await _save(body, folder / WEIGHTS_NAME)
+        async with staged as (weights, config):
             if expected is not None and expected != body.sha256.digest():
                 raise ApiError(
                     422, "digest_mismatch", "the body is not what Content-Digest says", param="Content-Digest"
                 )
-            yield Upload(folder / WEIGHTS_NAME, config, body.sha256.hexdigest(), body.size)
+            yield Upload(weights, config, body.sha256.hexdigest(), body.size)
     except OSError as error:
         if error.errno in _DISK_FULL:
             raise StorageFull("no room for an upload on this server's disk") from error
@@ -120,8 +115,10 @@ class _Hashed:
             yield chunk
 
 
-async def _save(body: _Hashed, path: Path) -> None:
-    with path.open("wb") as file:
+@asynccontextmanager
+async def _whole(body: _Hashed) -> AsyncIterator[tuple[BufferedIOBase, None]]:
+    """A body that is the prompt's file."""
+    with tempfile.TemporaryFile() as file:
         pending = bytearray()
         async for chunk in body:
             pending += chunk
@@ -129,34 +126,27 @@ async def _save(body: _Hashed, path: Path) -> None:
                 await run_in_threadpool(file.write, bytes(pending))
                 pending.clear()
         await run_in_threadpool(file.write, bytes(pending))
+        yield file, None
 
 
-async def _save_parts(request: Request, body: _Hashed, folder: Path) -> Path:
-    """The two parts of an adapter, named by their file names; gives the config's path."""
-    stream = cast(Any, body.__aiter__())
-    parser = MultiPartParser(request.headers, stream, max_files=2, max_fields=0)
+@asynccontextmanager
+async def _parts(request: Request, body: _Hashed) -> AsyncIterator[tuple[BufferedIOBase, bytes]]:
+    """The two parts of an adapter, named by their file names: weights, config."""
+    parser = MultiPartParser(request.headers, cast(Any, body.__aiter__()), max_files=2, max_fields=0)
     try:
         form = await parser.parse()
     except (MultiPartException, KeyError) as error:
         reason = getattr(error, "message", "no boundary")
         raise ApiError(400, "invalid_multipart", f"the body is no {MULTIPART} of two files: {reason}") from error
-    async with _closing(form.multi_items()) as parts:
+    parts = [(name, part) for name, part in form.multi_items() if isinstance(part, UploadFile)]
+    try:
         given = {_part_name(field, part): part for field, part in parts}
         if set(given) != {CONFIG_NAME, WEIGHTS_NAME} or len(parts) != 2:
             message = f"an adapter is the two parts {CONFIG_NAME} and {WEIGHTS_NAME}, got {sorted(given)!a:.200}"
             raise InvalidArtifact("wrong_parts", message)
         if (given[CONFIG_NAME].size or 0) > MAX_CONFIG_BYTES:
             raise InvalidArtifact("invalid_adapter_config", f"{CONFIG_NAME} may have {MAX_CONFIG_BYTES} bytes")
-        for name, part in given.items():
-            await run_in_threadpool(_copy, part, folder / name)
-    return folder / CONFIG_NAME
-
-
-@asynccontextmanager
-async def _closing(items: list[tuple[str, UploadFile | str]]) -> AsyncIterator[list[tuple[str, UploadFile]]]:
-    parts = [(name, part) for name, part in items if isinstance(part, UploadFile)]
-    try:
-        yield parts
+        yield cast(BufferedIOBase, given[WEIGHTS_NAME].file), await given[CONFIG_NAME].read()
     finally:
         for _, part in parts:
             await part.close()
@@ -165,12 +155,6 @@ async def _closing(items: list[tuple[str, UploadFile | str]]) -> AsyncIterator[l
 def _part_name(field: str, part: UploadFile) -> str:
     """A part is known by its file name, else by its field's."""
     return part.filename if part.filename in (CONFIG_NAME, WEIGHTS_NAME) else field
-
-
-def _copy(part: UploadFile, path: Path) -> None:
-    part.file.seek(0)
-    with path.open("wb") as file:
-        shutil.copyfileobj(part.file, file, WRITE_BYTES)
 
 
 def _sha256_of(header: str | None) -> bytes | None:

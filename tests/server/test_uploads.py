@@ -235,11 +235,11 @@ def test_multipart_that_is_none(served, kind, body):
 def test_the_cap_counts_bytes_that_came(tmp_path):
     """Chunked, so that no Content-Length could tell beforehand; nothing stays on the disk."""
     with serving(tmp_path / "store", max_upload=64 * 1024) as served:
-        leftovers = set(Path(tempfile.gettempdir()).glob("promptstitch-upload-*"))
+        leftovers = set(Path(tempfile.gettempdir()).iterdir())
         assert refused(served, iter([b"x" * 1024] * 65), 413) == "file_too_large"
         assert refused(served, b"x" * (64 * 1024 + 1), 413) == "file_too_large"
         assert refused(served, b"x" * (64 * 1024)) == "unsupported_format"
-        assert set(Path(tempfile.gettempdir()).glob("promptstitch-upload-*")) == leftovers
+        assert set(Path(tempfile.gettempdir()).iterdir()) == leftovers
 
 
 def test_a_declared_size_is_refused_before_it_comes(served):
@@ -268,7 +268,7 @@ def test_a_disk_that_is_full(served, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
+    monkeypatch.setattr(tempfile, "TemporaryFile", full)
     answer = upload(served, prompt_bytes(1), 507)
     assert answer.json()["error"]["code"] == "storage_full"
 
