@@ -11,12 +11,13 @@ from datetime import datetime
 from typing import Any
 
 from prompts_store.errors import BadLevel, BadReference, InvalidArtifact
+from prompts_store.golden import Golden
 from prompts_store.level import parse_level
 from prompts_store.reference import check_task, is_digest
 from prompts_store.strict_json import dump, load_object
 
 MAX_TRAIN_BYTES = 16 * 1024
-FIELDS = ("task", "level", "weights", "train", "created")
+FIELDS = ("task", "level", "weights", "train", "created", "golden")
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +25,7 @@ class Provenance:
     """Where a prompt comes from; no part of its identity.
 
     `level` it was learned at, `weights` (digest) it was learned through, `train` the recipe (JSON of at most 16 KiB),
-    `created` an ISO 8601 time. Raises InvalidArtifact, naming the field.
+    `created` an ISO 8601 time, `golden` its self-test on `weights`. Raises InvalidArtifact, naming the field.
     """
 
     task: str | None = None
@@ -32,6 +33,7 @@ class Provenance:
     weights: str | None = None
     train: Mapping[str, Any] | None = None
     created: str | None = None
+    golden: Golden | None = None
 
     def __post_init__(self) -> None:
         try:
@@ -54,13 +56,16 @@ class Provenance:
         values: dict[str, Any] = {name: metadata[name] for name in FIELDS if name in metadata}
         if "train" in values:
             values["train"] = _read_train(values["train"])
+        if "golden" in values:
+            values["golden"] = Golden.parse(values["golden"])
         return cls(**values)
 
     def metadata(self) -> dict[str, str]:
         """For a file; fields that are not known are left out."""
         train = None if self.train is None else _train_text(self.train)
-        values = zip(FIELDS, (self.task, self.level, self.weights, train, self.created), strict=True)
-        return {name: value for name, value in values if value is not None}
+        golden = None if self.golden is None else self.golden.text()
+        values = (self.task, self.level, self.weights, train, self.created, golden)
+        return {name: value for name, value in zip(FIELDS, values, strict=True) if value is not None}
 
 
 def bad_metadata(code: str, key: str, what: str) -> InvalidArtifact:

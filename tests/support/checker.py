@@ -10,6 +10,7 @@ import numpy as np
 
 ITEM = {"F32": 4, "F16": 2, "BF16": 2}
 KEYS = {"format", "kind", "base", "hidden_size", "task", "level", "weights", "bos", "chat_template", "train", "created"}
+KEYS |= {"golden"}
 DIGEST = r"sha256:[0-9a-f]{64}"
 LEVEL = r"dense|(?:int8|nf4|w[2-8](?:g[1-9][0-9]{0,4})?)(?:-s(?:[1-9][0-9]?|2of4))?|s(?:[1-9][0-9]?|2of4)"
 TASK = r"[a-z0-9]+(?:[._-][a-z0-9]+)*"
@@ -134,6 +135,13 @@ def check_metadata(meta: dict[str, str], kind: str, shape: tuple[int, ...]) -> N
         text = meta["train"].encode().rstrip(b" ")
         need(text.endswith(b"}"))
         strict(text)
+    if "golden" in meta:
+        text = meta["golden"].encode().rstrip(b" ")
+        need(text.endswith(b"}"))
+        golden = strict(text)
+        need(golden.keys() == {"ids", "loss"} and isinstance(golden["ids"], list) and 2 <= len(golden["ids"]) <= 256)
+        need(all(type(n) is int and 0 <= n < 2**31 for n in golden["ids"]))
+        need(type(golden["loss"]) in (int, float) and 0 <= golden["loss"] <= 1000)
     if "created" in meta:
         need(meta["created"].isascii() and len(meta["created"]) <= 40)
         try:
