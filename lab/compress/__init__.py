@@ -1,0 +1,1 @@
+"""Compression of a dense checkpoint, layer by layer: quantised, pruned, or both in one pass."""
