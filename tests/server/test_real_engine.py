@@ -1,7 +1,12 @@
 """The same routes over the real engine with a tiny model: what the fake one is trusted for, once for real."""
 
+import contextlib
+import os
+import random
+import socket
 import threading
 import time
+from collections import Counter
 
 import pytest
 import torch
@@ -14,13 +19,15 @@ from engine.options import EngineOptions
 from prompts_store.file import PromptFile, Provenance
 
 PROMPT = tiny.rows(17, 64)
+LEAVING = 200 if os.environ.get("PROMPTSTITCH_FULL") == "1" else 24
+MOMENTS = ("queued", "prefill", "decode")
 ASK = {"text": "Once upon a time", "temperature": 0, "max_tokens": 12, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
     torch.set_num_threads(1)
-    options = EngineOptions(page_size=4, kv_bytes=1 << 20, max_batch_tokens=32, max_virtual_tokens=64)
+    options = EngineOptions(page_size=4, kv_bytes=4 << 20, max_running=32, max_batch_tokens=32, max_virtual_tokens=64)
     model = ServedModel("tiny", tiny.BASE, "dense", "sha256:" + "c" * 64, 0)
     engine = LocalEngine(tiny.ours(tiny.reference()), tiny.ByteTokenizer(), model, options)
 
@@ -64,16 +71,72 @@ def test_thirty_two_at_once(real):
     assert all(text == alone[task] for task, text in got)
 
 
+def leave(port: int, seed: int, places: threading.Semaphore) -> None:
+    """Ask for something long and hang up: at once, before the first token, in the prefill or in the decode."""
+    chance = random.Random(seed)
+    moment, stream = MOMENTS[seed % len(MOMENTS)], seed % 2 == 0
+    text = "x" * (chance.randrange(1000, 1800) if moment == "prefill" else chance.randrange(1, 60))
+    body = {
+        "text": text,
+        "task": chance.choice(["tale", None]),
+        "max_tokens": 200 if moment == "prefill" else 700,
+        "stream": stream,
+    }
+    places.acquire()
+    connection = begin(port, {**body, "temperature": 0, "ignore_eos": True})
+    waits = {"queued": 0.4, "prefill": 0.8, "decode": 60 if stream else 1.5}[moment]
+    connection.settimeout(waits if moment == "decode" and stream else chance.random() * waits)
+    with contextlib.suppress(TimeoutError):
+        for _ in range(chance.randrange(1, 20)):
+            assert connection.recv(512)
+    if chance.random() < 0.3:  # a reset, not a goodbye
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+    connection.close()
+    places.release()
+
+
+def metrics(real, name: str) -> float:
+    """The sum of a metric over its labels, as monitoring sees it."""
+    lines = [line.rsplit(" ", 1) for line in real.client.get("/metrics").text.splitlines() if line[:1] != "#"]
+    return sum(float(value) for series, value in lines if series.startswith(f"promptstitch:{name}{{"))
+
+
+def idle(real) -> bool:
+    """Whether nothing waits, runs or holds a page."""
+    return not any(
+        metrics(real, name) for name in ("num_requests_waiting", "num_requests_running", "kv_cache_usage_perc")
+    )
+
+
+def finished(real) -> float:
+    """Requests that came to their end."""
+    return metrics(real, "request_success_total")
+
+
+@pytest.mark.slow
 def test_pages_come_back_when_clients_go(real):
-    """Whatever phase they were in. The prefix pages of the prompt stay, held by nobody."""
-    connections = []
-    for k in range(20):
-        body = {"text": "x" * 100, "task": "tale", "max_tokens": 150, "stream": bool(k % 2), "ignore_eos": True}
-        connections.append(begin(real.port, body))
-    until(lambda: real.engine.stats().running > 0)
-    time.sleep(0.2)
-    for connection in connections:
-        connection.close()
-    until(lambda: real.engine.stats().running == real.engine.stats().waiting == 0, 2)
+    """Whatever phase they were in; who stays gets what they get alone. A prompt's own pages stay, held by nobody."""
+    alone = real.client.post("/v1/generate", json={**ASK, "task": "tale"}).json()["text"]
+    before, done, got = Counter(real.engine.stats().aborted), finished(real), []
+    places = threading.Semaphore(40)
+    leaving = [threading.Thread(target=leave, args=(real.port, seed, places)) for seed in range(LEAVING)]
+
+    def stay():
+        got.append(real.client.post("/v1/generate", json={**ASK, "task": "tale"}).json()["text"])
+
+    staying = [threading.Thread(target=stay) for _ in range(8)]
+    for thread in [*leaving, *staying]:
+        thread.start()
+    for thread in leaving:
+        thread.join()
+    gone = time.monotonic()
+    for thread in staying:
+        thread.join()
+    until(lambda: idle(real), max(0.0, gone + 2 - time.monotonic()))
     assert real.engine.stats().pages_used == 0
-    assert sum(real.engine.stats().aborted.values()) > 0
+    assert got == [alone] * 8
+    aborted = Counter(real.engine.stats().aborted) - before
+    print(f"{LEAVING} hung up: {dict(aborted)}, all back {time.monotonic() - gone:.2f} s after the last")
+    assert finished(real) - done == 8  # all others were cut off: most in the engine, some before they came to it
+    assert aborted.total() > LEAVING / 2
+    assert set(aborted) == {"queued", "prefill", "decode"}
