@@ -82,17 +82,14 @@ def leave(port: int, seed: int, places: threading.Semaphore) -> None:
         "max_tokens": 200 if moment == "prefill" else 700,
         "stream": stream,
     }
-    places.acquire()
-    connection = begin(port, {**body, "temperature": 0, "ignore_eos": True})
     waits = {"queued": 0.4, "prefill": 0.8, "decode": 60 if stream else 1.5}[moment]
-    connection.settimeout(waits if moment == "decode" and stream else chance.random() * waits)
-    with contextlib.suppress(TimeoutError):
-        for _ in range(chance.randrange(1, 20)):
-            assert connection.recv(512)
-    if chance.random() < 0.3:  # a reset, not a goodbye
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
-    connection.close()
-    places.release()
+    with places, contextlib.closing(begin(port, {**body, "temperature": 0, "ignore_eos": True})) as connection:
+        connection.settimeout(waits if moment == "decode" and stream else chance.random() * waits)
+        with contextlib.suppress(TimeoutError):
+            for _ in range(chance.randrange(1, 20)):
+                assert connection.recv(512)
+        if chance.random() < 0.3:  # a reset, not a goodbye
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
 
 
 def metrics(real, name: str) -> float:
@@ -139,4 +136,18 @@ def test_pages_come_back_when_clients_go(real):
     print(f"{LEAVING} hung up: {dict(aborted)}, all back {time.monotonic() - gone:.2f} s after the last")
     assert finished(real) - done == 8  # all others were cut off: most in the engine, some before they came to it
     assert aborted.total() > LEAVING / 2
-    assert set(aborted) == {"queued", "prefill", "decode"}
+    assert {"queued", "decode"} <= set(aborted)  # the prefill of so small a model is quick; see below
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_hangs_up_in_its_prefill(real, stream):
+    """57 steps long, so that one of a few attempts meets it."""
+    before = real.engine.stats().aborted.get("prefill", 0)
+    for _ in range(20):
+        connection = begin(real.port, {"text": "x" * 1800, "max_tokens": 100, "stream": stream, "ignore_eos": True})
+        until(lambda: real.engine.stats().running > 0)
+        connection.close()
+        until(lambda: idle(real), 2)
+        if real.engine.stats().aborted.get("prefill", 0) > before:
+            return
+    raise AssertionError("no attempt met the prefill")
