@@ -9,8 +9,7 @@ to the same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from lab.compress.block import NORMS, STEPS, DenseBlock, Walk, step_shapes
 from lab.compress.folder import GrowingFolder
 from lab.compress.level import Level
 from lab.compress.methods import Method, compress_layer
-from lab.compress.solve import DAMPING, Indefinite, Solution, layer_error
+from lab.compress.solve import Indefinite, layer_error
+from lab.compress.state import LayerReport, State
 from lab.compress.storage import Storage
 from llama.checkpoint import Checkpoint
 from llama.errors import BrokenCheckpoint
@@ -37,35 +37,11 @@ class Recipe:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerReport:
-    """What became of one step of a block. `error` is ‖(W − Ŵ) X‖² / ‖W X‖²; None where no inputs were looked at."""
-
-    block: int
-    step: str
-    error: float | None
-    damping: float
-
-    @property
-    def retried(self) -> bool:
-        """Whether the second moments needed more damping than usual."""
-        return self.damping > DAMPING
-
-
-@dataclass(frozen=True, slots=True)
 class Tokens:
     """What is calibrated on: ids (W, T) int64, and real (W, T) bool, false where a window is padded at its end."""
 
     ids: Tensor
     real: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class State:
-    """Where a job stands: blocks done, what became of them, and the hidden states (W, T, H) behind the last."""
-
-    done: int
-    layers: tuple[LayerReport, ...]
-    hidden: Tensor | None
 
 
 def compress_blocks(

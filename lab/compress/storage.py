@@ -5,13 +5,13 @@ Knows tensors' names and the field `quantization_config`; knows no solver and no
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from lab.compress.level import Bits, Level
+from lab.compress.level import Bits
 from lab.compress.solve import Solution
 
 
@@ -45,7 +45,8 @@ class PackedStorage:
         self._grid = grid
 
     def tensors(self, module: str, layer: Solution) -> dict[str, Tensor]:
-        assert layer.codes is not None and layer.grid is not None
+        assert layer.codes is not None
+        assert layer.grid is not None
         unsigned = (layer.codes.short() + 2 ** (self._grid.bits - 1)).to(torch.uint8)
         return {
             f"{module}.weight_packed": pack_stream(unsigned, self._grid.bits),
@@ -76,3 +77,11 @@ class PackedStorage:
                 }
             },
         }
+
+
+def pack_stream(values: Tensor, bits: int) -> Tensor:
+    """values (R, C) uint8 → (R, words) int32, as `llama.bits.unpack_stream` reads them."""
+    octets = values.cpu().numpy()
+    stream = np.unpackbits(octets[..., None], axis=-1, count=bits, bitorder="little").reshape(len(octets), -1)
+    padded = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view("<i4"))

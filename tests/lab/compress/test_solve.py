@@ -1,4 +1,4 @@
-"""The solver against a direct one: the inverse of H over the open columns is formed anew after every column, in fp64."""
+"""The solver against a direct one, which forms the inverse of H over the open columns anew after each, in fp64."""
 
 import pytest
 import torch
