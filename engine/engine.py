@@ -66,8 +66,11 @@ class LocalEngine:
         self._beat = time.monotonic()
         self._counts: Counter[str] = Counter()
         self._aborted: Counter[str] = Counter()
-        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+        self._num_threads = torch.get_num_threads()
+        started = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(started,), name="engine", daemon=True)
         self._thread.start()
+        started.wait()
 
     # In any thread.
 
@@ -164,6 +167,13 @@ class LocalEngine:
         return [ticket for ticket in self._tickets.values() if not ticket.admitted]
 
     # In the loop's thread.
+
+    def _run(self, started: threading.Event) -> None:
+        """As many cores for this thread as for the one that made the engine, whatever others are told afterwards."""
+        torch.get_num_threads()  # sets up what would otherwise be set up, from the global number, by the first product
+        torch.set_num_threads(self._num_threads)
+        started.set()
+        self._loop()
 
     def _loop(self) -> None:
         while not self._stopped:

@@ -12,13 +12,16 @@
 #define HEADS 4 /* query heads at once */
 
 struct paged {
-    const void *keys, *values;
+    const char *keys, *values;
     const int32_t *table;
-    long page, kv_heads, dim, head, length;
+    long page, kv_heads, shared, dim, length, bytes; /* bytes of a page */
 };
 
-INLINE long position(const struct paged *kv, long at) {
-    return ((kv->table[at / kv->page] * kv->page + at % kv->page) * kv->kv_heads + kv->head) * kv->dim;
+/* The page that holds position `at`, or the last one. A page is asked for line by line while the one before it is read:
+ * pages lie anywhere, which no prefetcher guesses. */
+INLINE const char *page_of(const struct paged *kv, const char *store, long at) {
+    at = at < kv->length ? at : kv->length - 1;
+    return store + kv->table[at / kv->page] * kv->bytes;
 }
 
 /* Four vectors -> their four sums, spread over the four lanes of 128 bits: [abcd abcd abcd abcd]. */
@@ -28,48 +31,40 @@ INLINE __m512 fold(__m512 a, __m512 b, __m512 c, __m512 d) {
     return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
 }
 
-/* Ask for 16 positions ahead of their use: pages lie anywhere, which no prefetcher guesses. */
-INLINE void fetch(const int wide, const void *at, long from, long step, long dim) {
+/* Scores of 16 keys that lie `step` elements apart, `ahead` bytes before those that come next. q (heads, D) fp32 ->
+ * scores, `stride` apart. */
+INLINE void score(const int heads, const int wide, const char *keys, long ahead, long step, long dim, const float *q,
+                  float *scores, long stride) {
     const long size = wide ? 4 : 2;
-    for (long i = 0; i < LANES; i++)
-        for (long line = 0; line < dim * size; line += 64)
-            _mm_prefetch((const char *)at + (from + i * step) * size + line, _MM_HINT_T0);
-}
-
-/* Scores of 16 keys. q (heads, D) fp32. */
-INLINE void scores16(const int heads, const int wide, const struct paged *kv, const float *q, long at, float *scores,
-                     long stride) {
     __m512 folded[4][HEADS];
-    const long step = kv->kv_heads * kv->dim;
-    long from = position(kv, at);
-    fetch(wide, kv->values, from, step, kv->dim);
-    if (at + LANES < kv->length) fetch(wide, kv->keys, position(kv, at + LANES), step, kv->dim);
 #pragma GCC unroll 4
-    for (int four = 0; four < 4; four++, from += 4 * step) {
+    for (int four = 0; four < 4; four++) {
+        const char *key = keys + 4 * four * step * size;
         __m512 sum[4][HEADS];
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++)
 #pragma GCC unroll 4
             for (int h = 0; h < heads; h++) sum[j][h] = _mm512_setzero_ps();
-        for (long d = 0; d < kv->dim; d += LANES)
+        for (long d = 0; d < dim; d += LANES)
 #pragma GCC unroll 4
             for (int j = 0; j < 4; j++) {
-                __m512 key = load(kv->keys, from + j * step + d, 0xffff, wide);
+                _mm_prefetch(key + ahead + (j * step + d) * size, _MM_HINT_T1);
+                __m512 part = load(key, j * step + d, 0xffff, wide);
 #pragma GCC unroll 4
                 for (int h = 0; h < heads; h++)
-                    sum[j][h] = _mm512_fmadd_ps(key, _mm512_loadu_ps(q + h * kv->dim + d), sum[j][h]);
+                    sum[j][h] = _mm512_fmadd_ps(part, _mm512_loadu_ps(q + h * dim + d), sum[j][h]);
             }
 #pragma GCC unroll 4
         for (int h = 0; h < heads; h++) folded[four][h] = fold(sum[0][h], sum[1][h], sum[2][h], sum[3][h]);
     }
 #pragma GCC unroll 4
     for (int h = 0; h < heads; h++) {
-        /* Add up the four lanes of each: lane i of the result holds keys 4i .. 4i + 3. */
-        __m512 a = _mm512_shuffle_f32x4(folded[0][h], folded[1][h], 0x44), b = _mm512_shuffle_f32x4(folded[0][h], folded[1][h], 0xee);
-        __m512 c = _mm512_shuffle_f32x4(folded[2][h], folded[3][h], 0x44), d = _mm512_shuffle_f32x4(folded[2][h], folded[3][h], 0xee);
-        __m512 low = _mm512_add_ps(a, b), high = _mm512_add_ps(c, d);
+        /* Add up the four lanes of each: lane i of the total holds keys 4 i .. 4 i + 3. */
+        __m512 *f[4] = {&folded[0][h], &folded[1][h], &folded[2][h], &folded[3][h]};
+        __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(*f[0], *f[1], 0x44), _mm512_shuffle_f32x4(*f[0], *f[1], 0xee));
+        __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(*f[2], *f[3], 0x44), _mm512_shuffle_f32x4(*f[2], *f[3], 0xee));
         __m512 total = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
-        _mm512_storeu_ps(scores + h * stride + at, total);
+        _mm512_storeu_ps(scores + h * stride, total);
     }
 }
 
@@ -87,86 +82,115 @@ INLINE float weigh(float *scores, long length) {
     return _mm512_reduce_add_ps(sum);
 }
 
-/* The weighted sum of `vectors` x 16 dimensions of the values. */
-INLINE void gather(const int heads, const int vectors, const int wide, const struct paged *kv, const float *weights,
-                   long stride, const float *sums, long d, char *out) {
+/* Add `count` weighted values to sums (heads, D), for `vectors` x 16 dimensions from d on. */
+INLINE void gather(const int heads, const int vectors, const int wide, const char *values, long ahead, long step, long dim,
+                   long count, const float *weights, long stride, long d, float *sums) {
+    const long size = wide ? 4 : 2;
     __m512 sum[HEADS][4];
 #pragma GCC unroll 4
     for (int h = 0; h < heads; h++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sum[h][v] = _mm512_setzero_ps();
-    for (long start = 0; start < kv->length; start += kv->page) {
-        long from = position(kv, start) + d, step = kv->kv_heads * kv->dim;
-        long stop = kv->length - start < kv->page ? kv->length : start + kv->page;
-        for (long at = start; at < stop; at++, from += step) {
-            __m512 value[4];
+        for (int v = 0; v < vectors; v++) sum[h][v] = _mm512_loadu_ps(sums + h * dim + d + v * LANES);
+    for (long i = 0; i < count; i++) {
+        __m512 value[4];
 #pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) value[v] = load(kv->values, from + v * LANES, 0xffff, wide);
+        for (int v = 0; v < vectors; v++) {
+            _mm_prefetch(values + ahead + (i * step + d + v * LANES) * size, _MM_HINT_T1);
+            value[v] = load(values, i * step + d + v * LANES, 0xffff, wide);
+        }
 #pragma GCC unroll 4
-            for (int h = 0; h < heads; h++) {
-                __m512 weight = _mm512_set1_ps(weights[h * stride + at]);
+        for (int h = 0; h < heads; h++) {
+            __m512 weight = _mm512_set1_ps(weights[h * stride + i]);
 #pragma GCC unroll 4
-                for (int v = 0; v < vectors; v++) sum[h][v] = _mm512_fmadd_ps(weight, value[v], sum[h][v]);
-            }
+            for (int v = 0; v < vectors; v++) sum[h][v] = _mm512_fmadd_ps(weight, value[v], sum[h][v]);
         }
     }
 #pragma GCC unroll 4
-    for (int h = 0; h < heads; h++) {
-        __m512 share = _mm512_set1_ps(1.0f / sums[h]);
+    for (int h = 0; h < heads; h++)
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++)
-            store(out, h * kv->dim + d + v * LANES, _mm512_mul_ps(sum[h][v], share), 0xffff, wide);
-    }
+        for (int v = 0; v < vectors; v++) _mm512_storeu_ps(sums + h * dim + d + v * LANES, sum[h][v]);
 }
 
-INLINE void look(const int heads, const int wide, const struct paged *kv, const char *q, float scale, float *room,
-                 char *out) {
-    long stride = (kv->length + LANES - 1) / LANES * LANES;
-    float *scaled = room, *scores = room + HEADS * kv->dim, sums[HEADS];
-    for (long d = 0; d < heads * kv->dim; d += LANES)
-        _mm512_storeu_ps(scaled + d, _mm512_mul_ps(load(q, d, 0xffff, wide), _mm512_set1_ps(scale)));
-    for (long at = 0; at < kv->length; at += LANES) scores16(heads, wide, kv, scaled, at, scores, stride);
-    for (int h = 0; h < heads; h++) sums[h] = weigh(scores + h * stride, kv->length);
+INLINE void gather_all(const int heads, const int wide, const char *values, long ahead, long step, long dim, long count,
+                       const float *weights, long stride, float *sums) {
     long d = 0;
-    for (; d + 4 * LANES <= kv->dim; d += 4 * LANES) gather(heads, 4, wide, kv, scores, stride, sums, d, out);
-    for (; d < kv->dim; d += LANES) gather(heads, 1, wide, kv, scores, stride, sums, d, out);
+    for (; d + 4 * LANES <= dim; d += 4 * LANES)
+        gather(heads, 4, wide, values, ahead, step, dim, count, weights, stride, d, sums);
+    for (; d < dim; d += LANES) gather(heads, 1, wide, values, ahead, step, dim, count, weights, stride, d, sums);
 }
 
-AVX512 static void look_of(int heads, int wide, const struct paged *kv, const char *q, float scale, float *room,
-                           char *out) {
-    switch (2 * heads + (wide != 0)) {
-    case 2: return look(1, 0, kv, q, scale, room, out);
-    case 3: return look(1, 1, kv, q, scale, room, out);
-    case 4: return look(2, 0, kv, q, scale, room, out);
-    case 5: return look(2, 1, kv, q, scale, room, out);
-    case 6: return look(3, 0, kv, q, scale, room, out);
-    case 7: return look(3, 1, kv, q, scale, room, out);
-    case 8: return look(4, 0, kv, q, scale, room, out);
-    default: return look(4, 1, kv, q, scale, room, out);
+#define BY_HEADS(call, ...)                    \
+    switch (heads) {                           \
+    case 1: call(1, wide, __VA_ARGS__); break; \
+    case 2: call(2, wide, __VA_ARGS__); break; \
+    case 3: call(3, wide, __VA_ARGS__); break; \
+    default: call(4, wide, __VA_ARGS__);       \
     }
+
+/* One token: q (KV heads * shared, D) -> out, alike. Page after page, so that each is read as one piece. */
+INLINE void look(const int wide, const struct paged *kv, const char *q, float scale, float *room, char *out) {
+    const long size = wide ? 4 : 2, dim = kv->dim, step = kv->kv_heads * dim, width = kv->shared * step;
+    const long stride = (kv->length + kv->page - 1) / kv->page * kv->page;
+    float *scaled = room, *sums = room + width, *scores = sums + width;
+    for (long d = 0; d < width; d += LANES) {
+        _mm512_storeu_ps(scaled + d, _mm512_mul_ps(load(q, d, 0xffff, wide), _mm512_set1_ps(scale)));
+        _mm512_storeu_ps(sums + d, _mm512_setzero_ps());
+    }
+    for (long at = 0; at < kv->length; at += kv->page) {
+        const char *keys = page_of(kv, kv->keys, at);
+        long ahead = page_of(kv, kv->keys, at + kv->page) - keys;
+        for (long from = 0; from < kv->page && at + from < kv->length; from += LANES)
+            for (long head = 0; head < kv->kv_heads * kv->shared;) {
+                long group = head / kv->shared, left = (group + 1) * kv->shared - head, heads = left < HEADS ? left : HEADS;
+                BY_HEADS(score, keys + (from * step + group * dim) * size, ahead, step, dim, scaled + head * dim,
+                         scores + head * stride + at + from, stride)
+                head += heads;
+            }
+    }
+    for (long head = 0; head < kv->kv_heads * kv->shared; head++) {
+        __m512 share = _mm512_set1_ps(1.0f / weigh(scores + head * stride, kv->length));
+        for (long at = 0; at < kv->length; at += LANES)
+            _mm512_storeu_ps(scores + head * stride + at, _mm512_mul_ps(_mm512_loadu_ps(scores + head * stride + at), share));
+    }
+    for (long at = 0; at < kv->length; at += kv->page) {
+        const char *values = page_of(kv, kv->values, at);
+        long ahead = page_of(kv, kv->values, at + kv->page) - values;
+        long count = kv->length - at < kv->page ? kv->length - at : kv->page;
+        for (long head = 0; head < kv->kv_heads * kv->shared;) {
+            long group = head / kv->shared, left = (group + 1) * kv->shared - head, heads = left < HEADS ? left : HEADS;
+            BY_HEADS(gather_all, values + group * dim * size, ahead, step, dim, count, scores + head * stride + at, stride,
+                     sums + head * dim)
+            head += heads;
+        }
+    }
+    for (long d = 0; d < width; d += LANES) store(out, d, _mm512_loadu_ps(sums + d), 0xffff, wide);
+}
+
+AVX512 static void look_wide(const struct paged *kv, const char *q, float scale, float *room, char *out) {
+    look(1, kv, q, scale, room, out);
+}
+
+AVX512 static void look_narrow(const struct paged *kv, const char *q, float scale, float *room, char *out) {
+    look(0, kv, q, scale, room, out);
 }
 
 /* q (T, KV heads * shared, D), its rows q_stride elements apart; token t looks at the first lengths[t] positions of row
- * rows[t] of tables (B, width). out (T, KV heads * shared, D). `wide`: fp32 throughout, else bf16. */
-void promptstitch_attention(int wide, const char *q, long q_stride, const void *keys, const void *values,
-                            const int32_t *tables, long width, const int32_t *rows, const int32_t *lengths, long tokens,
+ * rows[t] of tables (B, columns). out (T, KV heads * shared, D). `wide`: fp32 throughout, else bf16. */
+void promptstitch_attention(int wide, const char *q, long q_stride, const char *keys, const char *values,
+                            const int32_t *tables, long columns, const int32_t *rows, const int32_t *lengths, long tokens,
                             long kv_heads, long shared, long dim, long page, float scale, char *out) {
-    const long size = wide ? 4 : 2;
+    const long size = wide ? 4 : 2, width = kv_heads * shared * dim;
     long longest = 0;
     for (long t = 0; t < tokens; t++) longest = lengths[t] > longest ? lengths[t] : longest;
 #pragma omp parallel
     {
         static __thread struct scratch kept;
-        float *room = reserve(&kept, sizeof(float) * HEADS * (dim + longest + LANES));
+        float *room = reserve(&kept, sizeof(float) * (2 * width + kv_heads * shared * (longest + page)));
 #pragma omp for schedule(dynamic)
-        for (long task = 0; task < tokens * kv_heads; task++) {
-            long t = task / kv_heads, head = task % kv_heads;
-            struct paged kv = {keys, values, tables + rows[t] * width, page, kv_heads, dim, head, lengths[t]};
-            for (long h = 0; h < shared; h += HEADS) {
-                long at = (head * shared + h) * dim;
-                look_of((int)(shared - h < HEADS ? shared - h : HEADS), wide, &kv, q + (t * q_stride + at) * size, scale,
-                        room, out + (t * kv_heads * shared * dim + at) * size);
-            }
+        for (long t = 0; t < tokens; t++) {
+            struct paged kv = {keys, values, tables + rows[t] * columns, page, kv_heads, shared, dim, lengths[t],
+                               page * kv_heads * dim * size};
+            (wide ? look_wide : look_narrow)(&kv, q + t * q_stride * size, scale, room, out + t * width * size);
         }
     }
 }

@@ -7,6 +7,7 @@
 #include "vectors.h"
 
 #define PANEL 32 /* outputs: two vectors */
+#define AHEAD 96 /* inputs whose weights are asked for early: 6 KiB, into the next page, where prefetchers do not go */
 #define TILE 12  /* rows of x at once: 24 sums, which leaves registers for two weights and an input */
 
 /* Sums of `rows` rows over one panel; x holds TILE rows side by side for each input. With few rows the inputs are dealt
@@ -23,6 +24,7 @@ INLINE void tile(const int rows, long k, const float *x, const uint32_t *panel, 
 #pragma GCC unroll 4
         for (int w = 0; w < ways; w++) {
             if (ways > 1 && i + w >= k) break;
+            _mm_prefetch((const char *)(panel + LANES * (i + w + AHEAD)), _MM_HINT_T0);
             __m512i pair = _mm512_loadu_si512(panel + LANES * (i + w));
             __m512 left = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
             __m512 right = _mm512_castsi512_ps(_mm512_and_si512(pair, high));
