@@ -11,7 +11,8 @@ from sqlalchemy.orm import Session
 
 from prompts_store.audit import AuditLog
 from prompts_store.database import Repository
-from prompts_store.errors import BadReference, NotFound, PreconditionFailed, PreconditionRequired
+from prompts_store.errors import BadReference, Conflict, NotFound, PreconditionFailed, PreconditionRequired
+from prompts_store.measurements import gain_shown
 from prompts_store.paging import page
 from prompts_store.records import LOCAL, Actor, Alias, Page
 from prompts_store.reference import check_alias
@@ -58,18 +59,27 @@ class Aliases(Repository):
             return page(rows, limit, _record, lambda alias: f"{alias.task}/{alias.name}/{alias.level}/{alias.base}")
 
     def put(
-        self, task: str, name: str, version: int, *, expected: str | None = None, by: Actor = LOCAL
+        self,
+        task: str,
+        name: str,
+        version: int,
+        *,
+        expected: str | None = None,
+        gain_on: str | None = None,
+        by: Actor = LOCAL,
     ) -> tuple[Alias, bool]:
         """Point the alias at this version, within the version's base and level; True: the alias is new.
 
         `expected` is the revision that it is moved from, "*" for any. A new alias needs none, nor one that points to
-        this version already. Raises BadReference, NotFound, Gone, PreconditionRequired, PreconditionFailed,
-        StorageFull.
+        this version already. `gain_on` are weights on which a measurement must have shown a gain. Raises BadReference,
+        NotFound, Gone, Conflict where it has not, PreconditionRequired, PreconditionFailed, StorageFull.
         """
         check_alias(name)
         with self.database.write() as session:
             target = live_row(session, self.namespace, task, version)
             base, level = target.prompt.base, target.level
+            if gain_on is not None and not gain_shown(session, self.namespace, task, version, gain_on):
+                raise Conflict("gain_not_shown", _not_shown(f"{task}@{version}", gain_on))
             row = session.get(AliasRow, (self.namespace, task, name, level, base))
             if row is None and expected is not None:
                 raise PreconditionFailed(f"there is no alias {task}:{name} at {level} that could be moved")
@@ -123,6 +133,14 @@ def _check_revision(row: AliasRow, expected: str | None) -> None:
         raise PreconditionFailed(
             f"{row.task}:{row.name} at {row.level} has moved since: it points to {row.version} now"
         )
+
+
+def _not_shown(ref: str, weights: str) -> str:
+    return (
+        f"no measurement of {ref} on the weights {weights} has a gain whose interval lies above 0; measure it on them "
+        f"(`promptstitch evaluate MODEL --prompt {ref} --text FILE`) and post gain, gain_low, gain_high to its "
+        "measurements"
+    )
 
 
 def _record(row: AliasRow) -> Alias:

@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from prompts_store.prompt import Kind
-from prompts_store.resolution import METRIC, AliasTarget, Candidate, Score
+from prompts_store.resolution import METRIC, SPLIT, AliasTarget, Candidate, Score
 from prompts_store.tables import AliasRow, MeasurementRow, PromptRow, VersionRow
 
 
@@ -37,18 +37,18 @@ def alias_targets(session: Session, namespace: str, task: str) -> list[AliasTarg
 
 
 def scores(session: Session, namespace: str, task: str, served_level: str) -> list[Score]:
-    """Perplexities measured on the served level."""
+    """Perplexities measured on the served level, on data that selection may look at."""
     query = select(
         MeasurementRow.version,
         MeasurementRow.value,
         MeasurementRow.dataset,
-        MeasurementRow.split,
         MeasurementRow.served_weights,
         MeasurementRow.id,
     ).where(
         MeasurementRow.namespace == namespace,
         MeasurementRow.task == task,
         MeasurementRow.metric == METRIC,
+        MeasurementRow.split == SPLIT,
         MeasurementRow.served_level == served_level,
     )
     return [Score(*row) for row in session.execute(query)]

@@ -14,6 +14,7 @@
     ├── PreconditionRequired   an alias may move only against its revision
     ├── PreconditionFailed     that revision is stale
     ├── CorruptBlob            stored bytes are not what their digest says; never served
+    ├── GoldenMismatch         a stored prompt fails its self-test on the served weights; not served
     ├── StorageFull            the disk takes no more bytes
     ├── StoreLocked            another process holds the store
     └── SchemaTooNew           the database was written by a newer release
@@ -132,6 +133,12 @@ class CorruptBlob(StoreError):
         super().__init__(f"the stored bytes of {digest} {why}; they are not served. Upload the prompt again.")
         self.digest = digest
         self.why = why
+
+
+class GoldenMismatch(StoreError):
+    """What is served does not compute what the version's golden self-test expects of its weights."""
+
+    code = "golden_mismatch"
 
 
 class StorageFull(StoreError):

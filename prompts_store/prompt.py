@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
 from typing import Literal
@@ -71,6 +71,17 @@ class SoftPrompt:
     def hidden_size(self) -> int | None:
         """H for rows; a kv prompt has none."""
         return self.shape[1] if self.kind == "rows" else None
+
+    def first(self, n: int) -> SoftPrompt:
+        """Its first n positions, 1 to N, as a prompt of their own: whoever serves or caches it sees another digest.
+
+        Attention is causal, so what these positions leave in a cache is the same as in front of the rest of them.
+        """
+        if not 1 <= n <= self.num_virtual_tokens:
+            raise ValueError(f"a prompt of {self.num_virtual_tokens} positions has no first {n}")
+        axis = 0 if self.kind == "rows" else 2
+        tensors = {name: tensor.narrow(axis, 0, n).contiguous() for name, tensor in self.tensors.items()}
+        return replace(self, tensors=tensors)
 
     @cached_property
     def digest(self) -> str:

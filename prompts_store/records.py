@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Generic, Literal, TypeVar, get_args
 
+from prompts_store.golden import Golden
 from prompts_store.prompt import Bos, Kind
 
 T = TypeVar("T")
@@ -41,8 +42,8 @@ class Page(Generic[T]):
 class Version:
     """One upload under a task. Everything but `deleted_at` never changes.
 
-    `level` is what it was learned at and `weights` what it was learned through, if known; `created` is the time that
-    its file tells, `uploaded_at` the time of the upload; `size` counts the bytes of the stored blob.
+    `level` is what it was learned at and `weights` what it was learned through, if known, `golden` its self-test there;
+    `created` is the time that its file tells, `uploaded_at` that of the upload; `size` counts the blob's bytes.
     """
 
     task: str
@@ -61,6 +62,7 @@ class Version:
     uploaded_at: str
     uploaded_by: str
     deleted_at: str | None
+    golden: Golden | None = None
 
     @property
     def num_virtual_tokens(self) -> int:
@@ -101,7 +103,12 @@ class Alias:
 @dataclass(frozen=True, slots=True)
 class Measurement:
     """One number of one prompt through one model. `dataset` is the digest of the scored data, `scored_tokens` counts
-    text tokens, `served_weights` the model's weights if known."""
+    text tokens, `served_weights` the model's weights if known.
+
+    `split` says what the data was for: resolution reads `select` alone, so that `report` stays a fair test.
+    `gain` is the nats per token that the prompt saves against no prompt on the same tokens, `gain_low` to `gain_high`
+    its 95 % interval (paired bootstrap by document); all three or none.
+    """
 
     metric: str
     value: float
@@ -110,6 +117,9 @@ class Measurement:
     served_level: str
     served_weights: str | None = None
     scored_tokens: int | None = None
+    gain: float | None = None
+    gain_low: float | None = None
+    gain_high: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,8 +5,9 @@ Knows no database and no clock, so that every rule is a row in a table of tests.
 1. `task@3`, `task@sha256:…` mean just that version. `task:alias` means what the alias points to, level by level.
 2. On the served base and level: the alias `default` first, then what was learned through the served weights, then the
    newest. That is "exact".
-3. Else "transferred", if the policy allows: the lowest perplexity measured on the served level; without measurements
-   the nearest more compressed level, else the nearest less compressed one. A kv prompt transfers only if measured.
+3. Else "transferred", if the policy allows: the lowest perplexity measured on the served level, on data of the split
+   `select`; without measurements the nearest more compressed level, else the nearest less compressed one. A kv prompt
+   transfers only if measured.
 4. Else nothing: an error, or under "optional" an answer that says "none". A prompt of another base is never used.
 """
 
@@ -26,7 +27,7 @@ Policy = Literal["exact", "transfer", "optional", "none"]
 How = Literal["exact", "transferred", "none"]
 DEFAULT_ALIAS = "default"
 METRIC = "perplexity"  # the one metric that ranks
-TEST_SPLIT = "test"
+SPLIT = "select"  # the one split that does: what is reported must not have chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,12 +72,11 @@ class AliasTarget:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """A perplexity measured on the served level; of one version and data set the highest `order` counts."""
+    """A perplexity of split `select` on the served level; of one version and data set the highest `order` counts."""
 
     version: int
     value: float
     dataset: str
-    split: str
     served_weights: str | None
     order: int
 
@@ -199,13 +199,9 @@ def _best_measured(pool: Sequence[Candidate], served: Served, scores: Sequence[S
     return by_version[min(shared.values(), key=lambda s: (s.value, -s.version)).version]
 
 
-def _trust(scores: Mapping[int, Score]) -> tuple[int, bool, int]:
-    """Of two data sets with equally many candidates: one that is no test set, then the one measured last."""
-    return (
-        len(scores),
-        any(score.split != TEST_SPLIT for score in scores.values()),
-        max(score.order for score in scores.values()),
-    )
+def _trust(scores: Mapping[int, Score]) -> tuple[int, int]:
+    """Of two data sets with equally many candidates the one that was measured last."""
+    return len(scores), max(score.order for score in scores.values())
 
 
 def _same_weights(candidate: Candidate, served: Served) -> bool | None:

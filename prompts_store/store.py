@@ -130,6 +130,7 @@ class PromptStore:
                 weights=origin.weights,
                 train=None if origin.train is None else dict(origin.train),
                 created=origin.created,
+                golden=None if origin.golden is None else origin.golden.text(),
                 uploaded_at=self.versions.now(),
                 uploaded_by=by.name,
             )
@@ -185,7 +186,7 @@ class PromptStore:
     def content(self, task: str, version: int) -> bytes:
         """A live version as a prompt file, provenance included; canonical. Raises NotFound, Gone, CorruptBlob."""
         found = self.versions.get(task, version)
-        origin = Provenance(found.task, found.level, found.weights, found.train, found.created)
+        origin = Provenance(found.task, found.level, found.weights, found.train, found.created, found.golden)
         return encode_prompt(PromptFile(self.load(found.digest), origin))
 
     def resolve(self, query: Query, served: Served) -> Resolved:

@@ -71,6 +71,7 @@ class VersionRow(Base):
     weights: Mapped[Digest | None]
     train: Mapped[dict[str, Any] | None] = mapped_column(JSON(none_as_null=True))
     created: Mapped[str | None] = mapped_column(String(40))
+    golden: Mapped[str | None] = mapped_column(Text)  # as in the file
     uploaded_at: Mapped[Time]
     uploaded_by: Mapped[Name]
     deleted_at: Mapped[Time | None]
@@ -117,6 +118,9 @@ class MeasurementRow(Base):
     served_level: Mapped[Level]
     served_weights: Mapped[Digest | None]
     scored_tokens: Mapped[int | None] = mapped_column(BigInteger)
+    gain: Mapped[float | None]
+    gain_low: Mapped[float | None]
+    gain_high: Mapped[float | None]
     recorded_at: Mapped[Time]
     recorded_by: Mapped[Name]
 

@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 
 from prompts_store.database import Repository
 from prompts_store.errors import Gone, NotFound
+from prompts_store.golden import Golden
 from prompts_store.paging import number, page
 from prompts_store.prompt import Bos, Kind
 from prompts_store.records import Page, TaskSummary, Version
@@ -124,6 +125,7 @@ def as_version(row: VersionRow) -> Version:
         uploaded_at=row.uploaded_at,
         uploaded_by=row.uploaded_by,
         deleted_at=row.deleted_at,
+        golden=None if row.golden is None else Golden.parse(row.golden),
     )
 
 

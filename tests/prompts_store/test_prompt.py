@@ -65,3 +65,16 @@ def test_counts():
 def test_what_is_no_prompt(kind, tensors):
     with pytest.raises(ValueError):
         SoftPrompt(kind, BASE, tensors)
+
+
+def test_the_first_positions_are_a_prompt_of_their_own(rows, kv):
+    cut = rows(1, n=4).first(3)
+    assert torch.equal(cut.tensors["prompt_embeddings"], rows(1, n=4).tensors["prompt_embeddings"][:3])
+    deep = kv(1, n=3).first(2)
+    assert (deep.shape, deep.tensors["keys"].tolist()) == ((2, 1, 2, 4), kv(1, n=3).tensors["keys"][:, :, :2].tolist())
+    assert len({cut.digest, rows(1, n=4).digest, rows(1, n=4).first(2).digest}) == 3
+    assert rows(1, n=4, bos="none").first(3).bos == "none"
+    assert rows(1).first(4) == rows(1)
+    for n in (0, 5, -1):
+        with pytest.raises(ValueError):
+            rows(1, n=4).first(n)

@@ -20,8 +20,8 @@ def alias(version, level="w4g128", name="default", base=BASE) -> AliasTarget:
     return AliasTarget(name, base, level, version)
 
 
-def score(version, value, dataset="c4", weights=None, split="validation", order=0) -> Score:
-    return Score(version, value, dataset, split, weights, order)
+def score(version, value, dataset="c4", weights=None, order=0) -> Score:
+    return Score(version, value, dataset, weights, order)
 
 
 @dataclass
@@ -85,12 +85,6 @@ CASES = {
         [v(1, W2), v(2, W3), v(3, S50)],
         transferred(2, True),
         scores=[score(1, 9.0), score(2, 8.0), score(3, 1.0, "wiki")],
-    ),
-    "of two equal data sets, the one that is no test set": Case(
-        [v(1, W2), v(2, W3)],
-        transferred(2, True),
-        scores=[score(1, 1.0, "t", split="test", order=9), score(2, 2.0, "t", split="test", order=9),
-                score(1, 4.0, "v"), score(2, 3.0, "v")],
     ),
     "of two equal data sets, the one measured last": Case(
         [v(1, W2), v(2, W3)],

@@ -1,5 +1,7 @@
 """The registry as its callers see it: pushes, deletes, aliases, lists, measurements, resolution."""
 
+from dataclasses import replace
+
 import pytest
 
 from prompts_store.errors import (
@@ -15,14 +17,16 @@ from prompts_store.errors import (
     Unresolved,
 )
 from prompts_store.file import PromptFile, Provenance, read_prompt
+from prompts_store.golden import Golden
 from prompts_store.records import Actor, Measurement
 from prompts_store.reference import parse_reference
 from prompts_store.resolution import Query, Served
 from prompts_store.store import PromptStore
 
 W = "sha256:" + "77" * 32
+OTHER_W = "sha256:" + "88" * 32
 DATA = "sha256:" + "dd" * 32
-ORIGIN = Provenance("elsewhere", "w3g64", W, {"steps": 100, "lr": 0.3}, "2026-11-24T05:22:00Z")
+ORIGIN = Provenance("elsewhere", "w3g64", W, {"steps": 100, "lr": 0.3}, "2026-11-24T05:22:00Z", Golden((1, 2), 3.5))
 
 
 def ask(store, text, policy="transfer", level="w3g64", base="sha256:" + "ba" * 32, weights=None):
@@ -45,7 +49,7 @@ def test_a_push_comes_back_whole(store, rows):
     assert store.load(version.digest) == rows(1)
     file = read_prompt(store.content("general", 1))
     assert file.prompt == rows(1)
-    assert file.provenance == Provenance("general", "w3g64", W, ORIGIN.train, ORIGIN.created)
+    assert file.provenance == replace(ORIGIN, task="general")
 
 
 def test_pushing_again_changes_nothing(store, rows):
@@ -224,15 +228,17 @@ def test_measurements_are_kept_and_read_by_resolution(store, rows):
         store.push(PromptFile(rows(seed)), "general", level)
     assert ask(store, "general", level="w4g128").version.version == 2
     for version, value in ((1, 20.5), (2, 30.5)):
-        measured = Measurement("perplexity", value, DATA, "validation", "w4g128", W, 9000)
+        measured = Measurement("perplexity", value, DATA, "select", "w4g128", W, 9000)
         record = store.measurements.add("general", version, measured)
         assert record.measurement == measured
-    store.measurements.add("general", 2, Measurement("accuracy", 1.0, DATA, "validation", "w4g128"))
-    store.measurements.add("general", 2, Measurement("perplexity", 1.0, DATA, "validation", "s50"))
+    store.measurements.add("general", 2, Measurement("accuracy", 1.0, DATA, "select", "w4g128"))
+    store.measurements.add("general", 2, Measurement("perplexity", 1.0, DATA, "select", "s50"))
+    for split in ("report", "test"):  # what is reported must not have chosen
+        store.measurements.add("general", 2, Measurement("perplexity", 1.0, DATA, split, "w4g128", W))
     answer = ask(store, "general", level="w4g128")
     assert (answer.version.version, answer.resolution.how, answer.resolution.measured) == (1, "transferred", True)
     assert [item.measurement.metric for item in everything(lambda **k: store.measurements.list("general", 2, **k))] == [
-        "perplexity", "accuracy", "perplexity"
+        "perplexity", "accuracy", "perplexity", "perplexity", "perplexity"
     ]  # fmt: skip
 
 
@@ -244,12 +250,52 @@ def test_measurements_are_kept_and_read_by_resolution(store, rows):
 )  # fmt: skip
 def test_measurements_are_bounded(store, rows, field, value):
     store.push(PromptFile(rows(1)), "general", "s50")
-    good = {"metric": "perplexity", "value": 1.0, "dataset": DATA, "split": "validation", "served_level": "s50"}
+    good = {"metric": "perplexity", "value": 1.0, "dataset": DATA, "split": "select", "served_level": "s50"}
     with pytest.raises((BadMeasurement, BadLevel)) as refused:
         store.measurements.add("general", 1, Measurement(**{**good, field: value}))
     assert refused.value.field == ("level" if field == "served_level" else field)
     with pytest.raises(NotFound):
         store.measurements.add("general", 2, Measurement(**good))
+
+
+@pytest.mark.parametrize(
+    ("gain", "field"),
+    [((0.1, None, None), "gain_low"), ((None, 0.1, 0.2), "gain"), ((0.1, 0.0, None), "gain_high"),
+     ((0.3, 0.1, 0.2), "gain"), ((0.1, 0.2, 0.3), "gain"), ((0.1, 0.2, 0.0), "gain"),
+     ((float("nan"), 0.0, 1.0), "gain"), ((0.0, float("-inf"), 1.0), "gain_low"), ((0.0, 0.0, 1001.0), "gain_high")],
+)  # fmt: skip
+def test_a_gain_has_an_interval_that_holds_it(store, rows, gain, field):
+    store.push(PromptFile(rows(1)), "general", "s50")
+    with pytest.raises(BadMeasurement) as refused:
+        store.measurements.add("general", 1, Measurement("perplexity", 1.0, DATA, "report", "s50", W, 9, *gain))
+    assert refused.value.field == field
+
+
+def test_an_alias_may_ask_for_a_gain_on_the_weights_that_are_served(store, rows):
+    store.push(PromptFile(rows(1)), "general", "s50")
+
+    def measure(low, high, weights=W, split="report"):
+        gain = ((low + high) / 2, low, high)
+        store.measurements.add("general", 1, Measurement("perplexity", 9.0, DATA, split, "s50", weights, 9000, *gain))
+
+    def refused():
+        with pytest.raises(Conflict, match="evaluate") as conflict:
+            store.aliases.put("general", "best", 1, gain_on=W)
+        assert conflict.value.code == "gain_not_shown"
+
+    refused()  # nothing measured
+    measure(0.1, 0.3, OTHER_W)
+    refused()  # on other weights
+    measure(0.0, 0.3)
+    refused()  # the interval touches 0
+    measure(0.1, 0.3)
+    assert store.aliases.put("general", "best", 1, gain_on=W)[1]
+    measure(-0.2, 0.1)
+    refused()  # a later one of the same kind counts, though the alias stands there already
+    measure(0.1, 0.3, split="select")
+    assert not store.aliases.put("general", "best", 1, gain_on=W)[1]
+    [*_, last] = store.measurements.list("general", 1).items
+    assert (last.measurement.gain, last.measurement.gain_low, last.measurement.gain_high) == (0.2, 0.1, 0.3)
 
 
 def test_resolution_through_the_store(store, rows, other_base):
