@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
-from fastapi import APIRouter, Depends, Header, Request
+from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.responses import Response
 
 from prompts_store.records import Alias
@@ -20,6 +20,10 @@ router = APIRouter(tags=["aliases"])
 
 ALIAS = "/v1/prompts/{task}/aliases/{alias}"
 TAG = {"ETag": "the revision, for If-Match"}
+Require = Annotated[
+    Literal["gain"] | None,
+    Query(description="`gain`: a measurement on the served weights whose interval of the gain lies above 0"),
+]
 IfMatch = Annotated[str | None, Header(max_length=256, description="the ETag that was read, or *")]
 
 
@@ -39,7 +43,7 @@ async def show(request: Request, task: Task, alias: AliasName, level: LevelFilte
     **operation(
         "prompts:write",
         {201: Success("a new alias", AliasAnswer, TAG), 200: Success("moved", AliasAnswer, TAG)},
-        *(404, 408, 410, 412, 413, 415, 428, 507),
+        *(404, 408, 409, 410, 412, 413, 415, 428, 503, 507),
     ),
 )
 async def put(
@@ -48,8 +52,12 @@ async def put(
     alias: AliasName,
     body: Annotated[AliasBody, Depends(JsonBody(AliasBody))],
     if_match: IfMatch = None,
+    require: Require = None,
 ) -> Response:
-    """Point the alias to a version, at that version's level. Moving it takes `If-Match`."""
+    """Point the alias to a version, at that version's level. Moving it takes `If-Match`.
+
+    With `require=gain` only to a version that was measured to gain on the weights that are served (409 otherwise).
+    """
     services = services_of(request)
     moved, new = await services.registry.change(
         "set_alias",
@@ -58,6 +66,7 @@ async def put(
         alias,
         body.version,
         expected=_revision(if_match),
+        gain_on=services.host.engine.info.weights if require else None,
         by=caller_of(request).actor,
     )
     return _answer(moved, 201 if new else 200)

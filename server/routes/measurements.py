@@ -9,6 +9,7 @@ from starlette.responses import Response
 
 from prompts_store.errors import BadLevel, BadMeasurement
 from prompts_store.records import Measurement
+from prompts_store.resolution import SPLIT
 from server.auth import caller_of
 from server.bodies import JsonBody
 from server.errors import ApiError
@@ -57,7 +58,7 @@ async def add(
 ) -> Response:
     """Write a measurement down. A later one of the same kind counts instead of it."""
     services = services_of(request)
-    measurement = Measurement(**body.model_dump())
+    measurement = Measurement(**{**body.model_dump(), "split": body.split or SPLIT})
     try:
         recorded = await services.registry.change(
             "measure",

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from fastapi import Path, Query
 from pydantic import Field
 
+from prompts_store.measurements import MAX_GAIN
 from prompts_store.records import Alias, ApiKey, Page, RecordedMeasurement, Scope, TaskSummary, Version
 from prompts_store.reference import MAX_NAME
 from server.schemas.common import Answer, Body, NoNull, example
@@ -30,6 +31,8 @@ BaseFilter = Annotated[str | None, Query(pattern=DIGEST_PATTERN)]
 T = TypeVar("T")
 Digest = Annotated[str, Field(pattern=DIGEST_PATTERN)]
 Word = Annotated[str, Field(pattern=r"^[a-z0-9]+([._/-][a-z0-9]+)*$", max_length=64)]
+
+Nats = Annotated[float, Field(ge=-MAX_GAIN, le=MAX_GAIN)]
 
 
 class Listing(Answer, Generic[T]):
@@ -105,16 +108,19 @@ class MeasurementBody(Body):
     """A number measured on a served model. `dataset` is the digest of the scored data."""
 
     model_config = example(
-        metric="perplexity", value=21.3, dataset="sha256:" + "0" * 64, split="test", served_level="w3g64"
+        metric="perplexity", value=21.3, dataset="sha256:" + "0" * 64, split="select", served_level="w3g64"
     )
 
     metric: Word
     value: float
     dataset: Digest
-    split: Word
+    split: Annotated[Word, Field(description="resolution reads `select`, which is meant if none is given")] | None = None
     served_level: Annotated[str, Field(pattern=LEVEL_PATTERN)]
     served_weights: Digest | None = None
     scored_tokens: Annotated[int, Field(ge=1, le=2**53)] | None = None
+    gain: Annotated[Nats, Field(description="nats per token saved against no prompt, on the same tokens")] | None = None
+    gain_low: Annotated[Nats, Field(description="of its 95 % interval, paired bootstrap by document")] | None = None
+    gain_high: Nats | None = None
 
 
 class MeasurementAnswer(Answer):
@@ -128,6 +134,9 @@ class MeasurementAnswer(Answer):
     served_level: str
     served_weights: str | None
     scored_tokens: int | None
+    gain: float | None
+    gain_low: float | None
+    gain_high: float | None
     recorded_at: str
     recorded_by: str
 

@@ -1,7 +1,7 @@
 """Versions, aliases and measurements over HTTP."""
 
 import pytest
-from support.fake_engine import BASE, LEVEL
+from support.fake_engine import BASE, LEVEL, WEIGHTS
 from support.served import prompt_file, soft_prompt
 
 from server.schemas.registry import AliasAnswer, MeasurementAnswer, TaskAnswer, TaskListing, VersionAnswer
@@ -10,7 +10,6 @@ MEASURED = {
     "metric": "perplexity",
     "value": 9.5,
     "dataset": "sha256:" + "cd" * 32,
-    "split": "test",
     "served_level": LEVEL,
     "scored_tokens": 1000,
 }
@@ -162,8 +161,9 @@ def test_measurements_are_written_and_read(fresh):
     made = fresh.client.post(path, json=MEASURED)
     assert made.status_code == 201
     MeasurementAnswer.model_validate(made.json())
-    fresh.client.post(path, json={**MEASURED, "value": 9})
+    fresh.client.post(path, json={**MEASURED, "value": 9, "split": None})
     listed = get(fresh, path)
+    assert {(item["split"], item["gain"]) for item in listed["data"]} == {("select", None)}
     assert [item["value"] for item in listed["data"]] == [9.5, 9.0]
     assert [item["value"] for item in get(fresh, path, after=listed["data"][0]["id"])["data"]] == [9.0]
 
@@ -177,6 +177,40 @@ def test_resolution_reads_them(fresh):
     assert (told["version"], told["resolution"], told["measured"]) == (1, "transferred", True)
 
 
+def test_resolution_does_not_read_what_is_reported(fresh):
+    fresh.store.push(prompt_file(4, level="w3g64", weights=None), "deep")
+    for version, value, split in ((1, 8.0, "select"), (2, 1.0, "report"), (2, 1.0, "test")):
+        path = f"/v1/prompts/deep/versions/{version}/measurements"
+        assert fresh.client.post(path, json={**MEASURED, "value": value, "split": split}).status_code == 201
+    told = fresh.client.post("/v1/generate", json={"text": "a", "task": "deep", "max_tokens": 1}).json()["prompt"]
+    assert told["version"] == 1
+
+
+def test_an_alias_may_ask_for_a_measured_gain(fresh):
+    client, path, measurements = fresh.client, "/v1/prompts/haiku/aliases/stable", ONE + "/measurements"
+    gain = {"gain": 0.2, "gain_low": 0.1, "gain_high": 0.3}
+
+    def put(version=1, **headers):
+        return client.put(path, params={"require": "gain"}, json={"version": version}, headers=headers)
+
+    refused = put()
+    assert (refused.status_code, refused.json()["error"]["code"]) == (409, "gain_not_shown")
+    assert refused.headers["x-should-retry"] == "false"
+    assert "promptstitch evaluate" in refused.json()["error"]["message"]
+    client.post(measurements, json={**MEASURED, **gain})  # on weights that nobody knows
+    client.post(measurements, json={**MEASURED, **gain, "served_weights": "sha256:" + "00" * 32})
+    client.post(measurements, json={**MEASURED, **gain, "served_weights": WEIGHTS, "gain_low": 0.0})
+    assert put().status_code == 409
+    assert client.get(path).status_code == 404
+    made = client.post(measurements, json={**MEASURED, **gain, "served_weights": WEIGHTS, "split": "report"})
+    assert {name: made.json()[name] for name in gain} == gain
+    assert put().status_code == 201
+    assert put(2, **{"If-Match": "*"}).status_code == 409
+    assert client.put(path, json={"version": 2}, headers={"If-Match": "*"}).status_code == 200  # nobody asked
+    bad = client.put(path, params={"require": "luck"}, json={"version": 1})
+    assert (bad.status_code, bad.json()["error"]["param"]) == (400, "require")
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
@@ -187,6 +221,11 @@ def test_resolution_reads_them(fresh):
         ({"scored_tokens": 0}, "/scored_tokens"),
         ({"served_weights": "x"}, "/served_weights"),
         ({"note": "x"}, "/note"),
+        ({"split": "Report"}, "/split"),
+        ({"gain": 0.1}, "/gain_low"),
+        ({"gain": 0.1, "gain_low": 0.2, "gain_high": 0.3}, "/gain"),
+        ({"gain": 0.1, "gain_low": 0.0, "gain_high": 1e9}, "/gain_high"),
+        ({"gain": "0.1", "gain_low": 0.0, "gain_high": 0.2}, "/gain"),
     ],
 )
 def test_bad_measurements(served, change, param):
