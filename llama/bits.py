@@ -43,3 +43,12 @@ def unpack_padded(words: Tensor, bits: int, count: int) -> Tensor:
     values = (words[..., None] >> shifts) & (2**bits - 1)  # the sign that >> drags in is masked away
     flat: Tensor = values.to(torch.uint8).reshape(len(words), -1)
     return flat[:, :count]
+
+
+def pack_stream(values: Tensor, bits: int) -> Tensor:
+    """(R, C) uint8, each below 2**bits → (R, stream_words) int32: what `unpack_stream` takes apart."""
+    ones = (values[..., None] >> torch.arange(bits, dtype=torch.uint8, device=values.device)) & 1
+    flat = ones.flatten(1)
+    flat = F.pad(flat, (0, -flat.shape[1] % 32)).view(len(values), -1, 8)
+    weights = 1 << torch.arange(8, dtype=torch.uint8, device=values.device)
+    return (flat * weights).sum(-1, dtype=torch.uint8).view(torch.int32)

@@ -44,6 +44,12 @@ class HubTokenizer:
         return bos
 
     @property
+    def eos_token_id(self) -> int | None:
+        """What the tokenizer itself says ends a text."""
+        eos: int | None = self._hf.eos_token_id
+        return eos
+
+    @property
     def eos_token_ids(self) -> frozenset[int]:
         """Those of the generation config and that of the tokenizer."""
         return self._eos
@@ -78,13 +84,20 @@ class HubTokenizer:
 
         Raises ValueError if there is no template or it refuses the messages.
         """
+        return self.encode(self.chat_text(messages), bos="none")
+
+    def chat_text(self, messages: Sequence[Mapping[str, Any]], *, asking: bool = True) -> str:
+        """What the chat template makes of the messages; `asking`: with the generation prompt behind them.
+
+        Raises ValueError if there is no template or it refuses the messages.
+        """
         try:
-            text = self._hf.apply_chat_template(
-                [dict(message) for message in messages], add_generation_prompt=True, tokenize=False
+            text: str = self._hf.apply_chat_template(
+                [dict(message) for message in messages], add_generation_prompt=asking, tokenize=False
             )
-        except (TemplateError, TypeError, KeyError) as error:
+        except (TemplateError, TypeError, KeyError, IndexError) as error:
             raise ValueError(f"the chat template refuses these messages: {error}") from error
-        return self.encode(text, bos="none")
+        return text
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids, special tokens left out, spaces as they were."""

@@ -63,15 +63,41 @@ AVX512 static void tile_of(int rows, long k, const float *x, const uint32_t *pan
     }
 }
 
-/* Rows start .. start + rows of x (M, K), widened and turned so that the TILE values of one input are neighbours. */
-AVX512 static void turn(const bf16 *x, long k, int rows, float *turned) {
-    float lane[LANES];
-    for (int r = 0; r < rows; r++)
-        for (long i = 0; i < k; i += LANES) {
-            long n = k - i < LANES ? k - i : LANES;
-            _mm512_storeu_ps(lane, load(x, r * k + i, first(n), 0));
-            for (long j = 0; j < n; j++) turned[TILE * (i + j) + r] = lane[j];
+/* 16 columns of up to TILE rows, turned: out[TILE * i + r] = rows[r][i]. */
+INLINE void turn16(const bf16 *x, long k, long i, int rows, float *out) {
+    long n = k - i < LANES ? k - i : LANES;
+    __m512 row[16], pair[16], four[16];
+#pragma GCC unroll 16
+    for (int r = 0; r < 16; r++) row[r] = r < rows ? load(x, r * k + i, first(n), 0) : _mm512_setzero_ps();
+#pragma GCC unroll 8
+    for (int r = 0; r < 16; r += 2) {
+        pair[r] = _mm512_unpacklo_ps(row[r], row[r + 1]);
+        pair[r + 1] = _mm512_unpackhi_ps(row[r], row[r + 1]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 16; r += 4) /* lane l of four[r + j]: column 4 l + j of rows r .. r + 3 */
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            __m512d low = _mm512_castps_pd(pair[r + j]), high = _mm512_castps_pd(pair[r + j + 2]);
+            four[r + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
+            four[r + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
         }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512 a = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x44), b = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xee);
+        __m512 c = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x44);
+        __m512 d = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0xee);
+        __m512 column[4] = {_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd),
+                            _mm512_shuffle_f32x4(b, d, 0x88), _mm512_shuffle_f32x4(b, d, 0xdd)};
+#pragma GCC unroll 4
+        for (int l = 0; l < 4; l++)
+            if (4 * l + j < n) _mm512_mask_storeu_ps(out + TILE * (i + 4 * l + j), first(TILE), column[l]);
+    }
+}
+
+/* Rows of x (rows, K), widened and turned so that the TILE values of one input are neighbours. */
+AVX512 static void turn(const bf16 *x, long k, int rows, float *turned) {
+    for (long i = 0; i < k; i += LANES) turn16(x, k, i, rows, turned);
 }
 
 /* W (N, K) row by row -> panels (ceil(N / 32), K, 16) of pairs; outputs beyond N are zero. */
@@ -103,7 +129,7 @@ AVX512 void promptstitch_gemm(const bf16 *x, const uint32_t *panels, const bf16 
             turn(x + start * k, k, (int)(m - start < even ? m - start : even), turned + t * TILE * k);
         }
         float sums[TILE * PANEL];
-#pragma omp for schedule(dynamic)
+#pragma omp for schedule(static)
         for (long p = 0; p < count; p++) {
             long from = p * PANEL, left = n - from;
             __m512 b0 = bias ? load(bias, from, first(left), 0) : _mm512_setzero_ps();

@@ -3,7 +3,7 @@
 
 #include <math.h>
 
-#define ALONE 65536 /* elements below which a second thread costs more than it saves */
+#define ALONE 8192 /* elements below which a second thread costs more than it saves */
 
 /* x (T, H) -> y (T, H) = x / rms(x) * weight (Zhang & Sennrich 2019). */
 AVX512 void promptstitch_norm(const bf16 *x, const bf16 *weight, float eps, long tokens, long width, bf16 *y) {
