@@ -122,7 +122,7 @@ class Walk:
         rotation = self._rope.tables(torch.arange(length, device=self._device).repeat(windows))
         flat = heads.view(windows * length, -1, config.head_dim)
         qk = rotate(flat[:, : config.num_heads + config.num_kv_heads], rotation)
-        q, k = qk.split((config.num_heads, config.num_kv_heads), 1)
+        q, k = qk[:, : config.num_heads], qk[:, config.num_heads :]
         out = CausalAttention(windows)(0, q, k, flat[:, config.num_heads + config.num_kv_heads :])
         return out.view(windows, length, -1)
 

@@ -14,9 +14,9 @@ import torch
 
 from lab.compress.block import step_shapes
 from lab.compress.folder import GrowingFolder, check_free
-from lab.compress.job import EMBEDDING, FINAL_NORM, HEAD, Recipe, Tokens, compress_blocks
+from lab.compress.job import EMBEDDING, FINAL_NORM, HEAD, Tokens, compress_blocks
 from lab.compress.level import Level
-from lab.compress.methods import choose
+from lab.compress.methods import Recipe, choose
 from lab.compress.state import LayerReport, State
 from lab.compress.storage import DenseStorage, PackedStorage, Storage
 from llama.checkpoint import Checkpoint
@@ -31,13 +31,15 @@ EXPORTS = ("packed", "dense")
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is wanted. `method` None is the solver; `clip` None is yes for the solver; `export` one of EXPORTS."""
+    """What is wanted. `method` None is the solver, `clip` None is yes where the solver makes a grid without sparsity;
+    `sweeps` as in `Recipe`, for the solver alone; `export` is one of EXPORTS."""
 
     source: Path
     out: Path
     level: str
     method: str | None = None
     clip: bool | None = None
+    sweeps: int = 3
     export: str = "packed"
     device: str = "cpu"
 
@@ -112,7 +114,7 @@ def prepared(order: Order) -> tuple[Checkpoint, Identity, Recipe, Storage]:
     clip = method.solves and not level.sparsity if order.clip is None else order.clip
     if clip and not level.grid:
         raise UnsupportedModel(f"level {order.level} has no grid whose scales could be searched; leave --clip out")
-    return checkpoint, identity, Recipe(level, method, clip), _storage(order.export, level, checkpoint)
+    return checkpoint, identity, Recipe(level, method, clip, order.sweeps), _storage(order.export, level, checkpoint)
 
 
 def paper_bytes(config: LlamaConfig, level: Level) -> int:

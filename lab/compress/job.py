@@ -16,8 +16,7 @@ from torch import Tensor
 
 from lab.compress.block import NORMS, STEPS, DenseBlock, Walk, step_shapes
 from lab.compress.folder import GrowingFolder
-from lab.compress.level import Level
-from lab.compress.methods import Method, compress_layer
+from lab.compress.methods import Recipe, compress_layer
 from lab.compress.solve import Indefinite, layer_error
 from lab.compress.state import LayerReport, State
 from lab.compress.storage import Storage
@@ -25,15 +24,6 @@ from llama.checkpoint import Checkpoint
 from llama.errors import BrokenCheckpoint
 
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """What is done to each layer."""
-
-    level: Level
-    method: Method
-    clip: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,17 +76,15 @@ def _compress_block(
 
     def settle(step: str, weight: Tensor, moments: Tensor | None) -> Tensor:
         try:
-            solution = compress_layer(
-                weight, moments, recipe.level.grid, recipe.level.sparsity, recipe.method, recipe.clip
-            )
+            solution = compress_layer(weight, moments, recipe)
         except (Indefinite, BrokenCheckpoint) as error:
             raise BrokenCheckpoint(f"{at}, {step}: {error}") from error
         rows, start = step_shapes(checkpoint.config)[step][0], 0
         for name, count in zip(STEPS[step], rows, strict=True):
             shard.update(storage.tensors(f"{at}.{name}", solution.rows(start, start + count)))
             start += count
-        error = None if moments is None else layer_error(weight, solution.weight, moments)
-        reports.append(LayerReport(index, step, error, solution.damping))
+        lost = None if moments is None else layer_error(weight, solution.weight, moments)
+        reports.append(LayerReport(index, step, lost, solution.damping))
         return solution.weight
 
     if walk is None or hidden is None:

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lab.compress.level import Bits, Level, Sparsity
-from lab.compress.solve import IntScales, Solution, solve
+from lab.compress.level import Level, Sparsity
+from lab.compress.solve import IntScales, Solution, polish, solve
 from llama import rtn
 from llama.errors import UnsupportedModel
 
@@ -41,6 +41,20 @@ METHODS = {
 }
 
 
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What is done to a layer.
+
+    With `clip`, each group's scale is the one of several whose rounding error, weighted by the inputs' own moments, is
+    the least; else it is that of the largest weight. `sweeps` of coordinate descent follow the solver.
+    """
+
+    level: Level
+    method: Method
+    clip: bool = False
+    sweeps: int = 0
+
+
 def choose(name: str | None, level: Level) -> Method:
     """The method of this name, by default the solver. Raises UnsupportedModel where the level is not of its kind."""
     fitting = ("sparsegpt", "magnitude", "wanda") if level.sparsity else ("gptq", "rtn")
@@ -52,24 +66,22 @@ def choose(name: str | None, level: Level) -> Method:
     return METHODS[name]
 
 
-def compress_layer(
-    weight: Tensor, moments: Tensor | None, bits: Bits | None, sparsity: Sparsity | None, method: Method, clip: bool
-) -> Solution:
+def compress_layer(weight: Tensor, moments: Tensor | None, recipe: Recipe) -> Solution:
     """W (N, K) fp32 on a grid, with weights dropped, or both.
 
-    `moments` (K, K) are the second moments of its inputs; None will do for a method that does not look at them. With
-    `clip`, each group's scale is the one of several whose rounding error, weighted by the inputs' own moments, is the
-    least; else it is that of the largest weight. Raises ModelError, Indefinite.
+    `moments` (K, K) are the second moments of its inputs; None will do for a method that does not look at them.
+    Raises ModelError, Indefinite.
     """
+    method, bits, sparsity = recipe.method, recipe.level.grid, recipe.level.sparsity
     if moments is None and method.calibrated:
         raise ValueError(f"{method.name} needs the second moments of the inputs")
     importance = torch.ones_like(weight[0]) if moments is None else moments.diagonal()
     grid = None
     if bits:
         group = bits.width(weight.shape[1])
-        grid = IntScales(bits.bits, grid_scales(weight, bits.bits, group, importance if clip else None))
+        grid = IntScales(bits.bits, grid_scales(weight, bits.bits, group, importance if recipe.clip else None))
     if method.solves and moments is not None:
-        return solve(weight, moments, grid, sparsity)
+        return polish(weight, moments, solve(weight, moments, grid, sparsity), recipe.sweeps)
     kept = _top(method.score(weight, importance), sparsity) if method.score and sparsity else None
     masked = weight if kept is None else weight * kept
     if grid is None:

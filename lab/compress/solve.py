@@ -10,7 +10,7 @@ Knows one layer; knows no model and no file.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ from lab.compress.level import Sparsity
 
 DAMPING = 0.01  # of the mean of H's diagonal
 BLOCK = 128  # columns whose errors are pushed into the rest of the row at once
+TINY = 1e-30  # keeps inputs that are always zero from dividing by it
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +100,33 @@ def solve(weight: Tensor, moments: Tensor, grid: IntScales | None, sparsity: Spa
         grid,
         damping,
     )
+
+
+def polish(weight: Tensor, moments: Tensor, solution: Solution, sweeps: int) -> Solution:
+    """The solution after `sweeps` of coordinate descent: each column in turn is put where it is best given all others.
+
+    What the solver decides first it decides without knowing what later columns can make up for. Masks and scales stay,
+    and the error, damped as the solver saw it, never grows.
+    """
+    k = weight.shape[1]
+    damped = moments.clone()
+    damped.diagonal().add_(solution.damping * moments.diagonal().mean())
+    target, found = weight.t().contiguous(), solution.weight.t().contiguous()  # (K, N)
+    scales = _column_scales(solution.grid, k, torch.arange(k, device=weight.device))
+    kept = torch.ones_like(found, dtype=torch.bool) if solution.kept is None else solution.kept.t().contiguous()
+    for start in [*range(0, k, BLOCK)] * sweeps:
+        block = slice(start, min(start + BLOCK, k))
+        pull = damped[block] @ (target - found)  # (B, N): half the slope of the error, downhill
+        among = damped[block, block]
+        for i, column in enumerate(range(block.start, block.stop)):
+            best = found[column] + pull[i] / among[i, i].clamp(min=TINY)
+            if scales is not None and solution.grid is not None:
+                best = (best / scales[column]).round_().clamp_(*solution.grid.limits) * scales[column]
+            step = best * kept[column] - found[column]
+            found[column] += step
+            pull.addr_(among[i], step, alpha=-1)
+    codes = None if scales is None else (found / scales).round_().to(torch.int8).t().contiguous()
+    return replace(solution, weight=found.t().contiguous(), codes=codes)
 
 
 def inverse_factor(moments: Tensor, dtype: torch.dtype) -> tuple[Tensor, float]:

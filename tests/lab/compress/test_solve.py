@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from lab.compress.level import Level, Sparsity
-from lab.compress.methods import choose, compress_layer
+from lab.compress.methods import Recipe, choose, compress_layer
 from lab.compress.solve import DAMPING, Indefinite, IntScales, Solution, inverse_factor, layer_error, solve
 from llama import rtn
 
@@ -79,8 +79,24 @@ def test_errs_less_than_every_baseline(name, seed):
         assert all(ours < error for error in errors.values())
 
 
-def made(weight, moments, level: Level, method: str | None, clip: bool = False) -> Solution:
-    return compress_layer(weight, moments, level.grid, level.sparsity, choose(method, level), clip)
+def made(weight, moments, level: Level, method: str | None, clip: bool = False, sweeps: int = 0) -> Solution:
+    return compress_layer(weight, moments, Recipe(level, choose(method, level), clip, sweeps))
+
+
+@pytest.mark.parametrize("name", [*LEVELS, *JOINT])
+@pytest.mark.parametrize("clip", [False, True])
+def test_sweeps_only_lower_the_error_and_keep_mask_and_scales(name, clip):
+    weight, moments = layer()
+    level = Level.parse(name)
+    solved, polished = (made(weight, moments, level, None, clip, sweeps) for sweeps in (0, 3))
+    damped = moments + DAMPING * moments.diagonal().mean() * torch.eye(192)
+    assert layer_error(weight, polished.weight, damped) < layer_error(weight, solved.weight, damped)
+    if level.sparsity:
+        assert torch.equal(polished.kept, solved.kept)
+        assert not polished.weight[~polished.kept].any()
+    if level.grid:
+        assert torch.equal(polished.grid.scales, solved.grid.scales)
+        assert torch.equal(rtn.dequantise(polished.codes, polished.grid.scales, torch.float32), polished.weight)
 
 
 @pytest.mark.parametrize("name", [name for name in (*LEVELS, *JOINT) if "s" in name])
