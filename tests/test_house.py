@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("server", "engine", "llama", "prompts_store", "cli")
+PACKAGES = ("server", "engine", "llama", "prompts_store", "lab", "cli")
 MAX_MODULE, MAX_FUNCTION = 350, 60  # lines
 # Calls that run or unpickle what they are given. `torch.load` is one even with weights_only.
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "os.system", "pickle.load"}

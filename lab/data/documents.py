@@ -1,0 +1,168 @@
+"""Documents from files: plain text, or JSON lines with `text`, `prompt` and `completion`, or chat `messages`.
+
+A document is the unit of everything that follows: windows lie inside one, splits deal out whole ones, intervals
+resample them. Knows files; knows no tokenizer and no data set by name (`lab.data.named` does).
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
+TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".raw"})
+
+
+class DataError(ValueError):
+    """Data that cannot be used. The message names the file and the place, and says what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One message of a chat; `role` as the model's chat template names it."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """One of three: a `text`; a `text` that is asked and the `completion` that answers it; the `turns` of a chat.
+
+    `domain` is what must not fall into two splits: the site of its `url`, else a name of the document's own.
+    """
+
+    id: str
+    domain: str
+    text: str | None = None
+    completion: str | None = None
+    turns: tuple[Turn, ...] = ()
+
+    @property
+    def words(self) -> str:
+        """All of its text, for looking for overlaps."""
+        parts = [self.text or "", self.completion or "", *(turn.content for turn in self.turns)]
+        return "\n".join(part for part in parts if part)
+
+
+def read(path: Path) -> list[Document]:
+    """The documents of a file, or of all files of a folder in the order of their names.
+
+    A `.txt` is one document; `.jsonl` holds one a line, gzipped or not. Raises DataError.
+    """
+    if path.is_dir():
+        known = JSON_SUFFIXES | TEXT_SUFFIXES
+        files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in known)
+        if not files:
+            raise DataError(f"{path} holds no data; it takes files ending in {', '.join(sorted(known))}")
+        return [document for file in files for document in read(file)]
+    if not path.is_file():
+        raise DataError(f"there is no {path}")
+    text = decode(_bytes(path), path)
+    if _suffix(path) in JSON_SUFFIXES:
+        documents = [document(record, f"{path.name}:{line}") for line, record in records(text, path)]
+    else:
+        documents = [Document(path.name, path.name, text)]
+    if not any(each.words.strip() for each in documents):
+        raise DataError(f"{path} is empty; give it at least one text")
+    return documents
+
+
+def decode(data: bytes, path: Path) -> str:
+    """UTF-8, a byte order mark left out. Raises DataError with the offset of the first byte that is not."""
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path} is not UTF-8: byte {error.start} is 0x{data[error.start]:02x}; convert it, for example with iconv"
+        ) from error
+
+
+def records(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """(number of the line from 1, object) of JSON lines, blank ones passed over. Raises DataError."""
+    for number, line in enumerate(text.split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise DataError(
+                f"{path}, line {number} is not JSON ({error}); one whole object is wanted a line"
+            ) from error
+        if not isinstance(record, dict):
+            raise DataError(f"{path}, line {number} is {type(record).__name__}; one object is wanted a line")
+        yield number, record
+
+
+def document(record: Mapping[str, Any], where: str) -> Document:
+    """One record of a file. `where` names it in errors, and in its id if it has none. Raises DataError."""
+    url = record.get("url")
+    name = str(record.get("id", where))
+    domain = site(url) if isinstance(url, str) and url else where
+    if "messages" in record:
+        return Document(name, domain, turns=_turns(record["messages"], where))
+    if "prompt" in record or "completion" in record:
+        return Document(name, domain, _text(record, "prompt", where), _text(record, "completion", where))
+    if "text" in record:
+        return Document(name, domain, _text(record, "text", where))
+    had = ", ".join(sorted(map(str, record))) or "none"
+    raise DataError(f"{where} has none of the fields text, prompt and completion, messages; its fields: {had}")
+
+
+def site(url: str) -> str:
+    """The last two labels of the host, `https://www.example.com/x` → `example.com`; without a host, the address."""
+    try:
+        host = urlsplit(url if "//" in url else f"//{url}").hostname
+    except ValueError:
+        host = None
+    return ".".join(host.rstrip(".").split(".")[-2:]) if host else url
+
+
+def digest(documents: Sequence[Document]) -> str:
+    """`sha256:<hex>` of the documents' contents in order; their names and places are no part of it."""
+    hashed = hashlib.sha256()
+    for each in documents:
+        content = [each.text, each.completion, [[turn.role, turn.content] for turn in each.turns]]
+        hashed.update(json.dumps(content).encode() + b"\n")
+    return f"sha256:{hashed.hexdigest()}"
+
+
+def _turns(messages: Any, where: str) -> tuple[Turn, ...]:
+    if not isinstance(messages, list) or not messages:
+        raise DataError(f"{where}: messages must be a list of at least one object with role and content")
+    turns = []
+    for at, message in enumerate(messages):
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: messages[{at}] must be an object with role and content")
+        turns.append(Turn(_text(message, "role", where), _text(message, "content", where)))
+    if not any(turn.role == "assistant" for turn in turns):
+        raise DataError(f"{where}: messages hold no turn of the assistant, and only those are learned and scored")
+    return tuple(turns)
+
+
+def _text(record: Mapping[str, Any], field: str, where: str) -> str:
+    value = record.get(field)
+    if not isinstance(value, str):
+        what = "is missing" if field not in record else f"is {type(value).__name__}, not a text"
+        raise DataError(f"{where}: {field} {what}")
+    return value
+
+
+def _suffix(path: Path) -> str:
+    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+
+
+def _bytes(path: Path) -> bytes:
+    data = path.read_bytes()
+    if path.suffix != ".gz":
+        return data
+    try:
+        return gzip.decompress(data)
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path} is not a whole gzip file ({error}); fetch it again") from error
