@@ -26,8 +26,8 @@ from prompts_store.errors import BadLevel
 from prompts_store.level import parse_level
 
 PREFIX = "PROMPTSTITCH_"
-# Variables of the same prefix that belong to the command line and to the tests.
-FOREIGN = frozenset({"PROMPTSTITCH_CONFIG", "PROMPTSTITCH_URL", "PROMPTSTITCH_API_KEY", "PROMPTSTITCH_FULL"})
+# Variables of the same prefix that belong to the command line, to the lab and to the tests.
+FOREIGN = frozenset(PREFIX + name for name in ("CONFIG", "URL", "API_KEY", "DATA_ROOT", "FULL"))
 
 Policy = Literal["exact", "transfer", "optional", "none"]
 MIB = 1 << 20

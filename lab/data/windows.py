@@ -111,18 +111,14 @@ class _Row:
 
 def _rows(document: Document, tokenizer: Tokenizer, length: int, bos: Bos) -> Iterator[_Row]:
     try:
-        if document.turns:
-            whole = _chat(document, tokenizer)
-        elif document.completion is not None:
-            whole = _completion(document, tokenizer, bos)
-        else:
+        if not document.turns and document.completion is None:
             yield from _text(document.text or "", tokenizer, length, bos)
             return
+        for row in _chat(document, tokenizer) if document.turns else _completion(document, tokenizer, bos):
+            if len(row.ids) <= length:
+                yield replace(row, scored=[False, *row.scored[1:]])
     except ValueError as error:
         raise DataError(f"{document.id}: {error}") from error
-    for row in whole:
-        if len(row.ids) <= length:
-            yield replace(row, scored=[False, *row.scored[1:]])
 
 
 def _text(text: str, tokenizer: Tokenizer, length: int, bos: Bos) -> Iterator[_Row]:

@@ -1,0 +1,138 @@
+"""Data sets by name: from a folder of the user's where they are, else files of the Hugging Face Hub, never code.
+
+    c4            web pages with their addresses (validation)
+    wikitext2     articles of WikiText-2; parts train and validation
+    banking77     bank customers' questions and what they are after; parts train and test
+    boolq         a passage, a question and yes or no; parts train and validation
+
+`name/part` is one part. The tasks among them are written as lm-eval writes them, so that what is learned on a task is
+what the harness asks. Knows where data lies; knows no splits.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+from lab.data.documents import DataError, Document, decode, document, read, records
+
+ROOT_VARIABLE = "PROMPTSTITCH_DATA_ROOT"
+CONVERTED = "refs/convert/parquet"  # the Hub's own conversion of every public data set
+
+Record = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One part of a data set: files under the user's folder, and a file on the Hub."""
+
+    local: str  # pattern
+    repo: str
+    file: str
+    make: Callable[[Record, str], Document]
+    revision: str = CONVERTED
+
+
+def _passage(row: Record, where: str) -> Document:
+    """BoolQ, with the title before the passage, as SuperGLUE has it."""
+    answer = row["choices"][row["answer"]] if "choices" in row else "yes" if row["answer"] else "no"
+    asked = f"{row.get('context', row.get('passage'))}\nQuestion: {row['question']}?\nAnswer:"
+    return Document(str(row.get("id", where)), where, asked, f" {answer}")
+
+
+def _intent(row: Record, where: str) -> Document:
+    """Banking77: the label as words."""
+    label = str(row.get("label_text", row["label"])).replace("_", " ")
+    return Document(str(row.get("id", where)), where, f"{row.get('context', row.get('text'))}\nIntent:", f" {label}")
+
+
+SOURCES: Mapping[str, Source] = MappingProxyType(
+    {
+        "c4": Source("c4/*.jsonl", "allenai/c4", "en/c4-validation.00000-of-00008.json.gz", document, "main"),
+        "wikitext2/train": Source(
+            "wikitext2/wiki.train*.raw", "Salesforce/wikitext", "wikitext-2-raw-v1/train/0000.parquet", document
+        ),
+        "wikitext2/validation": Source(
+            "wikitext2/wiki.valid*.raw", "Salesforce/wikitext", "wikitext-2-raw-v1/validation/0000.parquet", document
+        ),
+        "banking77/train": Source("banking77/train*.jsonl", "mteb/banking77", "default/train/0000.parquet", _intent),
+        "banking77/test": Source("banking77/test*.jsonl", "mteb/banking77", "default/test/0000.parquet", _intent),
+        "boolq/train": Source("boolq/train*.jsonl", "google/boolq", "default/train/0000.parquet", _passage),
+        "boolq/validation": Source(
+            "boolq/validation*.jsonl", "google/boolq", "default/validation/0000.parquet", _passage
+        ),
+    }
+)
+ALIASES = MappingProxyType(
+    {"wikitext2": "wikitext2/validation", "banking77": "banking77/train", "boolq": "boolq/train"}
+)
+
+
+def documents(name: str, root: Path | None = None) -> list[Document]:
+    """The documents of a file, a folder or a name. `root` is the folder that names are looked up in first, else the
+    one in the environment. Raises DataError."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return read(path)
+    source = SOURCES.get(ALIASES.get(name, name))
+    if source is None:
+        known = ", ".join([*SOURCES, *ALIASES])
+        raise DataError(f"{name} is neither a file, nor a folder, nor one of the data sets {known}")
+    told = root or (Path(os.environ[ROOT_VARIABLE]) if os.environ.get(ROOT_VARIABLE) else None)
+    files = sorted(told.expanduser().glob(source.local)) if told else []
+    return [each for file in files or [_fetch(name, source)] for each in _documents(file, source)]
+
+
+def _documents(file: Path, source: Source) -> Iterator[Document]:
+    if source.repo == "Salesforce/wikitext":
+        text = "".join(row["text"] for row in _rows(file)) if file.suffix == ".parquet" else None
+        yield from articles(decode(file.read_bytes(), file) if text is None else text, file.name)
+    elif source.make is document:
+        yield from read(file)
+    else:
+        rows = (
+            enumerate(_rows(file), 1) if file.suffix == ".parquet" else records(decode(file.read_bytes(), file), file)
+        )
+        for line, row in rows:
+            try:
+                yield source.make(row, f"{file.name}:{line}")
+            except (KeyError, IndexError, TypeError) as error:
+                raise DataError(f"{file}, line {line}: {error} is not as in {source.repo}") from error
+
+
+def articles(text: str, name: str) -> Iterator[Document]:
+    """WikiText's articles, each from its heading ` = Title = ` to the next one's."""
+    starts = [match.start() for match in re.finditer(r"^ = [^=\n].*[^=\n] = *$", text, re.MULTILINE)]
+    for number, (start, end) in enumerate(zip([0, *starts], [*starts, len(text)], strict=True)):
+        if text[start:end].strip():
+            yield Document(f"{name}#{number}", f"{name}#{number}", text[start:end])
+
+
+def _rows(file: Path) -> Iterator[Record]:
+    try:
+        from pyarrow import ArrowInvalid, parquet
+    except ImportError as error:
+        raise DataError(f"{file.name} is parquet; `pip install promptstitch[lab]` brings what reads it") from error
+    try:
+        yield from parquet.read_table(file).to_pylist()
+    except ArrowInvalid as error:
+        raise DataError(f"{file} is no whole parquet file ({error}); fetch it again") from error
+
+
+def _fetch(name: str, source: Source) -> Path:
+    try:
+        return Path(hf_hub_download(source.repo, source.file, repo_type="dataset", revision=source.revision))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DataError(
+            f"{name} is not at hand and the Hub did not give {source.repo} ({why}); put {source.local} into a folder "
+            f"and name the folder: --data-root, {ROOT_VARIABLE}"
+        ) from error
