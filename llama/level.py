@@ -1,4 +1,4 @@
-"""What a foreign checkpoint's `config.json` says was done to its weights, as a canonical level name.
+"""What a checkpoint's `config.json` says was done to its weights, as a canonical level name.
 
 Knows the names only; a format that cannot be served is refused where its tensors are read.
 """
@@ -10,8 +10,12 @@ from typing import Any
 
 from llama.errors import UnsupportedModel
 from llama.shards import json_object
+from llama.sparse import SparseLayout
 
-SUPPORTED = "dense; bitsandbytes nf4 and int8; compressed-tensors pack-quantized; gptq"
+SUPPORTED = "dense; bitsandbytes nf4 and int8; compressed-tensors pack-quantized; gptq; promptstitch"
+METHOD = "promptstitch"  # our own layouts, `llama.formats.promptstitch`
+SPARSE_FORMAT = "promptstitch-sparse"
+TABLES = {"bits": 8, "group_size": 32}
 
 
 def declared_level(raw: Mapping[str, Any]) -> str:
@@ -31,7 +35,13 @@ def declared_level(raw: Mapping[str, Any]) -> str:
         raise UnsupportedModel(f"quantization_config.bnb_4bit_quant_type is {kind!r}; supported: nf4")
     if method == "gptq":
         return _grid(quantisation.get("bits"), quantisation.get("group_size"))
-    if method == "compressed-tensors" and quantisation.get("format") == "pack-quantized":
+    if method == METHOD:
+        _check_tables(quantisation)
+        if quantisation.get("format") == "dense":
+            return "dense"
+        if quantisation.get("format") == SPARSE_FORMAT:
+            return _sparse(quantisation.get("level"))
+    if method in ("compressed-tensors", METHOD) and quantisation.get("format") == "pack-quantized":
         levels = {_grid(grid.get("num_bits"), grid.get("group_size")) for grid in weight_schemes(quantisation)}
         if len(levels) == 1:
             return levels.pop()
@@ -45,6 +55,17 @@ def weight_schemes(quantisation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`config_groups.*.weights` of a compressed-tensors configuration. Raises BrokenCheckpoint."""
     groups = json_object(quantisation.get("config_groups"), "config_groups")
     return [json_object(json_object(groups[name], name).get("weights"), f"{name}.weights") for name in groups]
+
+
+def _check_tables(quantisation: Mapping[str, Any]) -> None:
+    if quantisation.get("tables") not in (None, TABLES):
+        raise UnsupportedModel(f"quantization_config.tables is {quantisation['tables']!r}; supported: {TABLES}")
+
+
+def _sparse(level: Any) -> str:
+    if isinstance(level, str) and SparseLayout.of_level(level):
+        return level
+    raise UnsupportedModel(f"quantization_config.level is {level!r}; {SPARSE_FORMAT} holds such as s50, w4g64-s2of4")
 
 
 def _grid(bits: Any, group: Any) -> str:

@@ -17,8 +17,9 @@ from llama.formats.bitsandbytes import (
 from llama.formats.compressed_tensors import PackQuantizedFormat
 from llama.formats.gptq import GptqFormat
 from llama.formats.matrix import DenseMatrix, Format, Matrix
+from llama.formats.promptstitch import SparseFormat
 from llama.formats.rtn import MadeInt
-from llama.level import declared_level
+from llama.level import METHOD, SPARSE_FORMAT, declared_level
 from llama.rtn import QUANTISER, Grid, is_quantised
 
 LOAD_LEVELS = (
@@ -55,11 +56,14 @@ def stored_format(checkpoint: Checkpoint) -> Format:
     """The format that config.json declares. Raises UnsupportedModel, naming what is supported."""
     quantisation = checkpoint.raw_config.get("quantization_config") or {}
     declared_level(checkpoint.raw_config)  # refuses what is none of the following
-    if not quantisation:
+    method, layout = quantisation.get("quant_method"), quantisation.get("format")
+    if not quantisation or (method, layout) == (METHOD, "dense"):
         return DenseFormat(checkpoint)
-    if quantisation.get("quant_method") == "gptq":
+    if (method, layout) == (METHOD, SPARSE_FORMAT):
+        return SparseFormat(checkpoint, quantisation)
+    if method == "gptq":
         return GptqFormat(checkpoint, quantisation)
-    if quantisation.get("quant_method") == "compressed-tensors":
+    if method in (METHOD, "compressed-tensors"):
         return PackQuantizedFormat(checkpoint, quantisation)
     return BitsAndBytesFormat(checkpoint)
 
