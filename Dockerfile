@@ -9,6 +9,7 @@
 # Runs as any UID, with a read-only root and no capabilities: everything that is written lies under /data.
 
 ARG PYTHON=3.12-slim-bookworm
+ARG BUILDER=3.12-bookworm
 
 FROM python:${PYTHON} AS locked
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/promptstitch/bin:$PATH
@@ -26,7 +27,11 @@ FROM locked AS torch-cuda
 ARG TORCH_INDEX_URL=
 RUN PIP_INDEX_URL="$TORCH_INDEX_URL" pip install torch==2.13.0
 
-FROM locked AS wheel
+# The larger image has the C compiler that builds the CPU kernels.
+FROM python:${BUILDER} AS wheel
+ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PATH=/opt/promptstitch/bin:$PATH
+WORKDIR /src
+COPY --from=locked /opt/promptstitch /opt/promptstitch
 COPY pyproject.toml README.md LICENSE ./
 COPY server server
 COPY engine engine
