@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import convert, generate, info, keys, prompts, pull, serve
+from cli import compress, convert, generate, info, keys, prompts, pull, serve
 from cli.options import with_flags
 from cli.output import CommandError, complain
 
@@ -65,6 +65,7 @@ app.command()(pull.pull)
 app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(info.info)
+app.command()(compress.compress)
 convert.add_to(prompts.app)
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(keys.app, name="keys")

@@ -1,109 +1,103 @@
 """One compression from its order to the finished folder: what is checked before, what is told after.
 
-Everything on the way lies in a run folder; the checkpoint appears in its place whole, as the last step. Knows files
-and sizes; knows no arithmetic.
+Knows files, names and sizes; knows no arithmetic.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from lab.compress.block import step_shapes
 from lab.compress.folder import GrowingFolder, check_free
-from lab.compress.job import EMBEDDING, FINAL_NORM, HEAD, Tokens, compress_blocks
+from lab.compress.job import LAYER, Job, Tokens
 from lab.compress.level import Level
 from lab.compress.methods import Recipe, choose
-from lab.compress.state import LayerReport, State
-from lab.compress.storage import DenseStorage, PackedStorage, Storage
+from lab.compress.storage import DenseStorage, PackedStorage, SparseStorage, Storage, Table
+from lab.progress import Report
+from lab.run import STATE, Run
 from llama.checkpoint import Checkpoint
 from llama.config import LlamaConfig
 from llama.errors import UnsupportedModel
+from llama.formats.promptstitch import with_q8_tables
 from llama.identity import Identity, identify
-from llama.load import load
+from llama.load import choose_device, load
 from llama.manifest import Manifest
 
 EXPORTS = ("packed", "dense")
+EMBEDDINGS = ("keep", "q8")
+SWEEPS = 3
+EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm.weight"
 
 
 @dataclass(frozen=True, slots=True)
 class Order:
-    """What is wanted. `method` None is the solver, `clip` None is yes where the solver makes a grid without sparsity;
-    `sweeps` as in `Recipe`, for the solver alone; `export` is one of EXPORTS."""
+    """What is wanted. `method` None is the solver; `clip` None is yes where the solver makes a grid without sparsity;
+    `sweeps`, as in `Recipe`, are the solver's alone; `export` is one of EXPORTS, `embedding`, the head's too, one of
+    EMBEDDINGS.
+    """
 
     source: Path
     out: Path
     level: str
     method: str | None = None
     clip: bool | None = None
-    sweeps: int = 3
+    sweeps: int = SWEEPS
     export: str = "packed"
-    device: str = "cpu"
+    embedding: str = "keep"
+    device: str = "auto"
 
 
 @dataclass(frozen=True, slots=True)
-class Result:
-    """A finished checkpoint. Bytes are real ones, of files and of the loaded model; `paper_bytes` count as the paper
-    does: codes of the linear weights that are kept, nothing for scales, masks, embeddings and norms."""
+class Plan:
+    """What an order comes to. Made by `planned`."""
 
-    folder: Path
-    manifest: Manifest
-    method: str
-    clip: bool
-    disk_bytes: int
-    dense_disk_bytes: int
-    resident_bytes: int
-    paper_bytes: int
-    layers: tuple[LayerReport, ...]
+    order: Order
+    checkpoint: Checkpoint
+    identity: Identity
+    recipe: Recipe
+    storage: Storage
+    device: torch.device
+
+    def config(self, data: str | None) -> dict[str, Any]:
+        """All that the outcome depends on, for the run; `data` is the digest of the windows."""
+        recipe = self.recipe
+        return {
+            "command": "compress",
+            "base": self.identity.base,
+            "source": self.identity.weights,
+            "level": recipe.level.name,
+            "method": recipe.method.name,
+            "clip": recipe.clip,
+            "sweeps": recipe.sweeps,
+            "export": self.order.export,
+            "embedding": self.order.embedding,
+            "device": self.device.type,
+            "data": data,
+            "out": str(self.order.out.absolute()),
+        }
 
 
-def compress(order: Order, tokens: Tokens | None, run: Path, progress: Callable[[int, int], None]) -> Result:
-    """Carry the order out. `run` is its folder for what is not finished; `progress` hears of blocks done, and of all.
-
-    `tokens` may be None for a method that does not look at inputs. Raises ModelError, OSError; either way nothing
-    stands at `order.out`, and the same order goes on where this one stopped.
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """Bytes on disk of the dense and of the compressed checkpoint, of the latter in memory as it is served, and what
+    the paper counts: 16-bit weights of the linear layers, and of the compressed ones just the codes that are kept, with
+    nothing for scales and masks.
     """
+
+    dense_disk: int
+    disk: int
+    resident: int
+    paper_dense: int
+    paper: int
+
+
+def planned(order: Order) -> Plan:
+    """Everything that can be found wrong without reading a weight is found here. Raises ModelError."""
     check_free(order.out)
-    checkpoint, identity, recipe, storage = prepared(order)
-    file, config = run / "state.safetensors", checkpoint.config
-    growing = run / "model"
-    folder = GrowingFolder(order.out, growing, config.num_layers + 1)
-
-    def save(state: State) -> None:
-        state.save(file)
-        progress(state.done, config.num_layers)
-
-    state = State.load(file)
-    progress(state.done if state else 0, config.num_layers)
-    device = torch.device(order.device)
-    layers = compress_blocks(checkpoint, folder, storage, recipe, tokens, device, state, save)
-    ends = [EMBEDDING, FINAL_NORM, *(() if config.tied else (HEAD,))]
-    folder.add(config.num_layers, {name: checkpoint.tensor(name) for name in ends})
-    raw = {key: value for key, value in checkpoint.raw_config.items() if key != "quantization_config"}
-    if quantisation := storage.quantisation():
-        raw["quantization_config"] = quantisation
-    origin = f"{identity.weights} {recipe.method.name}"
-    manifest = folder.finish(order.source, raw, identity.base, order.level, identity.name, origin)
-    file.unlink()
-    loaded = load(order.out, device="cpu")  # what is told is measured, and the folder is known to load
-    return Result(
-        folder=order.out,
-        manifest=manifest,
-        method=recipe.method.name,
-        clip=recipe.clip,
-        disk_bytes=loaded.disk_bytes,
-        dense_disk_bytes=checkpoint.disk_bytes(),
-        resident_bytes=loaded.resident_bytes,
-        paper_bytes=paper_bytes(config, recipe.level),
-        layers=layers,
-    )
-
-
-def prepared(order: Order) -> tuple[Checkpoint, Identity, Recipe, Storage]:
-    """What the order comes to, found out without reading a weight. Raises ModelError for what it cannot have."""
     level = Level.parse(order.level)
     method = choose(order.method, level)
     identity = identify(order.source)
@@ -114,14 +108,56 @@ def prepared(order: Order) -> tuple[Checkpoint, Identity, Recipe, Storage]:
     clip = method.solves and not level.sparsity if order.clip is None else order.clip
     if clip and not level.grid:
         raise UnsupportedModel(f"level {order.level} has no grid whose scales could be searched; leave --clip out")
-    return checkpoint, identity, Recipe(level, method, clip, order.sweeps), _storage(order.export, level, checkpoint)
+    recipe = Recipe(level, method, clip, order.sweeps if method.solves else 0)
+    return Plan(order, checkpoint, identity, recipe, _storage(order, level, checkpoint), choose_device(order.device))
 
 
-def paper_bytes(config: LlamaConfig, level: Level) -> int:
-    """The size as the paper counts it: of 16-bit weights if there is no grid."""
+def compress(plan: Plan, tokens: Tokens | None, run: Run, report: Report) -> tuple[Manifest, Sizes]:
+    """Carry the plan out, or on where `run` stands. `tokens` may be None for a method that looks at no inputs.
+
+    The checkpoint appears in its place whole, as the last step. Raises ModelError, RunError.
+    """
+    checkpoint, order, config = plan.checkpoint, plan.order, plan.checkpoint.config
+    folder = GrowingFolder(order.out, config.num_layers + 1)
+    in_8_bits = order.embedding == "q8"
+    tables = [Table.of(checkpoint, name, in_8_bits) for name in (EMBEDDING, *(() if config.tied else (HEAD,)))]
+    embedded = None if tokens is None else tables[0].rows(tokens.ids)
+    job = Job(checkpoint, plan.recipe, plan.storage, folder, plan.device)
+    for done in job.blocks(tokens, embedded, run):
+        report("compress", done, config.num_layers)
+    last = {name: tensor for table in tables for name, tensor in table.tensors.items()}
+    folder.add(config.num_layers, {**last, FINAL_NORM: checkpoint.tensor(FINAL_NORM)})
+    raw = {key: value for key, value in checkpoint.raw_config.items() if key != "quantization_config"}
+    quantisation = plan.storage.quantisation()
+    if quantisation := with_q8_tables(quantisation) if in_8_bits else quantisation:
+        raw["quantization_config"] = quantisation
+    identity = plan.identity
+
+    def seal(weights: str) -> Manifest:
+        source = f"{plan.recipe.method.name} of {identity.weights}"
+        return Manifest(identity.base, plan.recipe.level.name, weights, identity.name, source)
+
+    manifest = folder.finish(order.source, raw, seal)
+    loaded = load(order.out, device="cpu")  # sizes that are told are measured, and the folder is known to load
+    layers = linear_weights(config)
+    sizes = Sizes(
+        checkpoint.disk_bytes(),
+        loaded.disk_bytes,
+        loaded.resident_bytes,
+        2 * layers,
+        paper_bytes(layers, plan.recipe.level),
+    )
+    run.tell(embedding_lossless=all(table.lossless for table in tables))
+    run.tell(layers=[{k: v for k, v in event.items() if k not in ("time", "event")} for event in run.events(LAYER)])
+    (run.folder / STATE).unlink(missing_ok=True)  # hidden states, of no use any more
+    return manifest, sizes
+
+
+def paper_bytes(weights: int, level: Level) -> int:
+    """Bytes of so many weights as the paper counts them: codes of what is kept, or 16-bit weights without a grid."""
     bits = level.grid.bits if level.grid else 16
     kept = level.sparsity.keep / level.sparsity.of if level.sparsity else 1.0
-    return round(linear_weights(config) * bits * kept / 8)
+    return round(weights * bits * kept / 8)
 
 
 def linear_weights(config: LlamaConfig) -> int:
@@ -129,11 +165,13 @@ def linear_weights(config: LlamaConfig) -> int:
     return config.num_layers * sum(sum(rows) * inputs for rows, inputs in step_shapes(config).values())
 
 
-def _storage(export: str, level: Level, checkpoint: Checkpoint) -> Storage:
-    if export not in EXPORTS:
-        raise UnsupportedModel(f"export is {export!r}; choose one of: {', '.join(EXPORTS)}")
-    if export == "dense":
+def _storage(order: Order, level: Level, checkpoint: Checkpoint) -> Storage:
+    if order.export not in EXPORTS:
+        raise UnsupportedModel(f"export is {order.export!r}; choose one of: {', '.join(EXPORTS)}")
+    if order.embedding not in EMBEDDINGS:
+        raise UnsupportedModel(f"embedding is {order.embedding!r}; choose one of: {', '.join(EMBEDDINGS)}")
+    if order.export == "dense":
         return DenseStorage(checkpoint.tensor("model.layers.0.mlp.down_proj.weight").dtype)
     if level.grid and not level.sparsity:
         return PackedStorage(level.grid)
-    raise UnsupportedModel(f"level {level.name} has no packed form; --export dense")
+    return SparseStorage(level.name)

@@ -1,7 +1,7 @@
 """A checkpoint folder that grows shard by shard and appears whole or not at all.
 
-It is filled under a name of its own beside the place where it is to stand; the last step gives it that name. Every
-shard is complete once it has its name. Knows the Hub's layout; knows no tensor by name.
+It is filled under another name beside the place where it is to stand; the last step gives it its own. So is each shard.
+Knows the Hub's layout; knows no tensor by name.
 """
 
 from __future__ import annotations
@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lab.run import RunError
 from llama.errors import ModelError
 from llama.fingerprint import weights_digest
 from llama.manifest import Manifest
@@ -32,24 +35,44 @@ COPIED = (
 
 
 class GrowingFolder:
-    """`growing` is where it is filled; `place` where it will stand, which must be free."""
+    """A checkpoint of so many shards on its way to `place`, which must be free. Raises ModelError, RunError."""
 
-    def __init__(self, place: Path, growing: Path, shards: int) -> None:
-        self.place, self._growing, self._shards = place, growing, shards
+    def __init__(self, place: Path, shards: int) -> None:
         check_free(place)
-        growing.mkdir(parents=True, exist_ok=True)
+        self.place, self._shards = place, shards
+        self._growing = place.with_name(f".{place.name}.part")
+        with _writing(self._growing):
+            self._growing.mkdir(parents=True, exist_ok=True)
 
     def add(self, number: int, tensors: Mapping[str, Tensor]) -> None:
-        """Write shard `number` (from 0); one that is there already is replaced. Raises OSError."""
+        """Write shard `number` (from 0); one that is there already is replaced. Raises RunError."""
         target = self._growing / self._name(number)
         scratch = target.with_suffix(".part")
-        save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, scratch, metadata={"format": "pt"})
-        publish(scratch, target)
+        with _writing(target):
+            try:
+                save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, scratch, {"format": "pt"})
+                _publish(scratch, target)
+            finally:
+                scratch.unlink(missing_ok=True)
 
-    def finish(
-        self, source: Path, config: Mapping[str, Any], base: str, level: str, name: str, origin: str
-    ) -> Manifest:
-        """Write all that is not tensors, then give the folder its name. Raises OSError, BrokenCheckpoint."""
+    def finish(self, source: Path, config: Mapping[str, Any], seal: Callable[[str], Manifest]) -> Manifest:
+        """Write all that is not tensors, some of it copied from `source`; then give the folder its name.
+
+        `seal` makes the manifest of the weights' digest. Raises RunError, ModelError.
+        """
+        with _writing(self._growing):
+            _write_json(self._growing / INDEX, self._index())
+            _write_json(self._growing / "config.json", config)
+            for name in COPIED:
+                if (source / name).is_file():
+                    shutil.copyfile(source / name, self._growing / name)
+            manifest = seal(weights_digest(self._growing))
+            manifest.write(self._growing)
+            check_free(self.place)
+            _publish(self._growing, self.place)
+        return manifest
+
+    def _index(self) -> dict[str, Any]:
         placed: dict[str, str] = {}
         total = 0
         for number in range(self._shards):
@@ -57,17 +80,7 @@ class GrowingFolder:
             total += file.stat().st_size
             with open_shard(file) as shard:
                 placed |= dict.fromkeys(shard.keys(), file.name)
-        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
-        _write_json(self._growing / INDEX, index)
-        _write_json(self._growing / "config.json", config)
-        for file_name in COPIED:
-            if (source / file_name).is_file():
-                shutil.copyfile(source / file_name, self._growing / file_name)
-        manifest = Manifest(base, level, weights_digest(self._growing), name, origin)
-        manifest.write(self._growing)
-        check_free(self.place)
-        publish(self._growing, self.place)
-        return manifest
+        return {"metadata": {"total_size": total}, "weight_map": dict(sorted(placed.items()))}
 
     def _name(self, number: int) -> str:
         return f"model-{number + 1:05d}-of-{self._shards:05d}.safetensors"
@@ -81,7 +94,20 @@ def check_free(place: Path) -> None:
         raise ModelError(f"{place} is there already and not empty; choose another folder for --out, or remove it")
 
 
-def publish(scratch: Path, target: Path) -> None:
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what the disk refuses into a RunError that says what to do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise RunError(
+            f"{path} cannot be written: {why}. What was made before is intact: make room or give access, and start the "
+            "same command again"
+        ) from error
+
+
+def _publish(scratch: Path, target: Path) -> None:
     """Give what was written as `scratch` its name, so that it outlives a crash of the machine. Raises OSError."""
     _sync(scratch)
     os.replace(scratch, target)

@@ -1,14 +1,13 @@
-"""From a dense checkpoint to a compressed one, block by block.
+"""The blocks of a dense checkpoint, one after another: read, calibrated, compressed, written, freed.
 
-Each block is read from the mapped shards, calibrated on what comes out of the compressed blocks before it, solved,
-written and freed. What is on the device at any time is one block in fp32, its second moments and a batch of tokens;
-the windows' hidden states stay on the host. After each block the state is saved: a job that was killed goes on there,
-to the same bytes.
+A block is calibrated on what comes out of the compressed blocks before it. What is on the device at any time is one
+block in fp32, its second moments and a batch of tokens; the windows' hidden states stay on the host. After each block
+the run is saved: one that was killed goes on there, to the same bytes.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +16,13 @@ from torch import Tensor
 from lab.compress.block import NORMS, STEPS, DenseBlock, Walk, step_shapes
 from lab.compress.folder import GrowingFolder
 from lab.compress.methods import Recipe, compress_layer
-from lab.compress.solve import Indefinite, layer_error
-from lab.compress.state import LayerReport, State
+from lab.compress.solve import DAMPING, Indefinite, layer_error
 from lab.compress.storage import Storage
+from lab.run import Run, State
 from llama.checkpoint import Checkpoint
 from llama.errors import BrokenCheckpoint
 
-EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+LAYER = "layer"  # event of the run's log: what became of the layers of one step
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,77 +32,81 @@ class Tokens:
     ids: Tensor
     real: Tensor
 
-
-def compress_blocks(
-    checkpoint: Checkpoint,
-    folder: GrowingFolder,
-    storage: Storage,
-    recipe: Recipe,
-    tokens: Tokens | None,
-    device: torch.device,
-    state: State | None,
-    save: Callable[[State], None],
-) -> tuple[LayerReport, ...]:
-    """Write a shard for every block, from `state` on (None: from the start); `save` hears of each.
-
-    Raises ModelError, OSError.
-    """
-    if state is None:
-        state = State(0, (), None if tokens is None else _embedded(checkpoint, tokens.ids))
-    walk = None if tokens is None else Walk(checkpoint.config, tokens.real, device)
-    for index in range(state.done, checkpoint.config.num_layers):
-        shard, layers = _compress_block(checkpoint, index, storage, recipe, walk, state.hidden, device)
-        folder.add(index, shard)
-        state = State(index + 1, (*state.layers, *layers), state.hidden)
-        save(state)
-    return state.layers
+    @classmethod
+    def of(cls, ids: Tensor, lengths: Tensor) -> Tokens:
+        """Windows whose tokens are the first `lengths` (W,) of each."""
+        return cls(ids, torch.arange(ids.shape[1]) < lengths[:, None])
 
 
-def _compress_block(
-    checkpoint: Checkpoint,
-    index: int,
-    storage: Storage,
-    recipe: Recipe,
-    walk: Walk | None,
-    hidden: Tensor | None,
-    device: torch.device,
-) -> tuple[dict[str, Tensor], list[LayerReport]]:
-    """The tensors of a block's shard; hidden (W, T, H) is taken through the compressed block."""
-    at = f"model.layers.{index}"
-    block = DenseBlock.read(checkpoint, index, device)
-    shard = {name: checkpoint.tensor(name) for name in _kept_as_is(checkpoint, at)}
-    reports: list[LayerReport] = []
+@dataclass(frozen=True, slots=True)
+class Job:
+    """What is to be done with the blocks of a checkpoint, where, and into which folder."""
 
-    def settle(step: str, weight: Tensor, moments: Tensor | None) -> Tensor:
+    checkpoint: Checkpoint
+    recipe: Recipe
+    storage: Storage
+    folder: GrowingFolder
+    device: torch.device
+
+    def blocks(self, tokens: Tokens | None, embedded: Tensor | None, run: Run) -> Iterator[int]:
+        """Write a shard for each block that `run` does not have yet; yields how many there are, first at the start.
+
+        `embedded` (W, T, H) fp32 are the tokens' embeddings, which are overwritten; both are None for a method that
+        looks at no inputs. Raises ModelError, RunError.
+        """
+        state = run.load()
+        done = state.values["done"] if state else 0
+        hidden = state.tensors.get("hidden") if state else embedded
+        walk = Walk(self.checkpoint.config, tokens.real, self.device) if tokens else None
+        yield done
+        for index in range(done, self.checkpoint.config.num_layers):
+            self.folder.add(index, self._shard(index, walk, hidden, run))
+            run.save(State({} if hidden is None else {"hidden": hidden}, {"done": index + 1}))
+            yield index + 1
+
+    def _shard(self, index: int, walk: Walk | None, hidden: Tensor | None, run: Run) -> dict[str, Tensor]:
+        """The tensors of a block; hidden (W, T, H) is taken through it as it is compressed."""
+        block = DenseBlock.read(self.checkpoint, index, self.device)
+        shard = {name: self.checkpoint.tensor(name) for name in self._kept_as_is(index)}
+
+        def settle(step: str, weight: Tensor, moments: Tensor | None) -> Tensor:
+            stored, meant = self._settled(index, step, weight, moments, run)
+            shard.update(stored)
+            return meant
+
+        if walk is None or hidden is None:
+            for step, weight in block.weights.items():
+                settle(step, weight, None)
+        else:
+            walk.through(block, hidden, settle)
+        return shard
+
+    def _settled(
+        self, index: int, step: str, weight: Tensor, moments: Tensor | None, run: Run
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The layers of a step, compressed: the tensors stored for them, and the weights (N, K) that these mean."""
         try:
-            solution = compress_layer(weight, moments, recipe)
+            solution = compress_layer(weight, moments, self.recipe)
         except (Indefinite, BrokenCheckpoint) as error:
-            raise BrokenCheckpoint(f"{at}, {step}: {error}") from error
-        rows, start = step_shapes(checkpoint.config)[step][0], 0
-        for name, count in zip(STEPS[step], rows, strict=True):
-            shard.update(storage.tensors(f"{at}.{name}", solution.rows(start, start + count)))
-            start += count
-        lost = None if moments is None else layer_error(weight, solution.weight, moments)
-        reports.append(LayerReport(index, step, lost, solution.damping))
-        return solution.weight
+            raise BrokenCheckpoint(f"block {index}, {step}: {error}") from error
+        stored: dict[str, Tensor] = {}
+        start = 0
+        for name, rows in zip(STEPS[step], step_shapes(self.checkpoint.config)[step][0], strict=True):
+            stored |= self.storage.tensors(f"model.layers.{index}.{name}", solution.rows(start, start + rows))
+            start += rows
+        told: dict[str, float | bool] = {}
+        if moments is not None:  # ‖(W − Ŵ) X‖² / ‖W X‖²
+            told["error"] = layer_error(weight, solution.weight, moments)
+        if self.recipe.method.solves:
+            told |= {"damping": solution.damping, "damped_more": solution.damping > DAMPING}
+            told["dead_inputs"] = 0 if moments is None else int((moments.diagonal() == 0).sum())
+        run.log(LAYER, block=index, step=step, **told)
+        return stored, solution.weight
 
-    if walk is None or hidden is None:
-        for step, weight in block.weights.items():
-            settle(step, weight, None)
-    else:
-        walk.through(block, hidden, settle)
-    return shard, reports
-
-
-def _kept_as_is(checkpoint: Checkpoint, at: str) -> list[str]:
-    """The block's tensors that no level touches: norms and biases."""
-    config = checkpoint.config
-    biased = {"qkv": config.attention_bias, "o": config.attention_bias, "gate_up": config.mlp_bias}
-    biased["down"] = config.mlp_bias
-    biases = [f"{at}.{name}.bias" for step, names in STEPS.items() if biased[step] for name in names]
-    return [*(f"{at}.{name}.weight" for name in NORMS), *biases]
-
-
-def _embedded(checkpoint: Checkpoint, ids: Tensor) -> Tensor:
-    """ids (W, T) → (W, T, H) fp32."""
-    return checkpoint.tensor(EMBEDDING)[ids].float()
+    def _kept_as_is(self, index: int) -> Iterator[str]:
+        """The block's tensors that no level touches: norms and biases."""
+        config, at = self.checkpoint.config, f"model.layers.{index}"
+        yield from (f"{at}.{name}.weight" for name in NORMS)
+        for step, names in STEPS.items():
+            if config.attention_bias if step in ("qkv", "o") else config.mlp_bias:
+                yield from (f"{at}.{name}.bias" for name in names)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from llama.errors import UnsupportedModel
 from llama.rtn import BITS
 
-STRIDE = 64  # unstructured sparsity keeps the same number of every 64 neighbouring inputs of a row
+STRIDE = 64  # of every 64 neighbouring inputs of a row the same number is kept: sparse rows take equal bytes
 GROUPS = (128, 64, 32)
 EXAMPLES = "w4g64, w3g64, w4, s50, s2of4, w4g64-s50"
 
@@ -71,10 +71,10 @@ class Level:
                     f"level {self.name}: the {inputs} inputs of {layer} cannot be cut into groups of "
                     f"{self.grid.group}; {instead} would fit"
                 )
-            if self.sparsity and inputs % self.sparsity.of:
+            if self.sparsity and inputs % STRIDE:
                 raise UnsupportedModel(
-                    f"level {self.name}: the {inputs} inputs of {layer} cannot be cut into pieces of "
-                    f"{self.sparsity.of}, of which {self.sparsity.keep} would stay; choose a level without sparsity"
+                    f"level {self.name}: the {inputs} inputs of {layer} cannot be cut into pieces of {STRIDE}, as "
+                    "sparse rows are stored; choose a level without sparsity"
                 )
 
 

@@ -6,7 +6,7 @@ All of them put weights on the same grid, that of `llama.rtn`. Knows one layer; 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from llama import rtn
 from llama.errors import UnsupportedModel
 
 CLIPS = tuple(1 - step / 40 for step in range(21))  # shares of the largest weight that the search tries: 1 to 0.5
+KEPT = torch.bfloat16  # what weights are rounded to that stay and are put on no grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +71,7 @@ def compress_layer(weight: Tensor, moments: Tensor | None, recipe: Recipe) -> So
     """W (N, K) fp32 on a grid, with weights dropped, or both.
 
     `moments` (K, K) are the second moments of its inputs; None will do for a method that does not look at them.
+    Weights that are put on no grid are rounded to bf16, in which they are stored.
     Raises ModelError, Indefinite.
     """
     method, bits, sparsity = recipe.method, recipe.level.grid, recipe.level.sparsity
@@ -81,11 +83,12 @@ def compress_layer(weight: Tensor, moments: Tensor | None, recipe: Recipe) -> So
         group = bits.width(weight.shape[1])
         grid = IntScales(bits.bits, grid_scales(weight, bits.bits, group, importance if recipe.clip else None))
     if method.solves and moments is not None:
-        return polish(weight, moments, solve(weight, moments, grid, sparsity), recipe.sweeps)
+        solution = polish(weight, moments, solve(weight, moments, grid, sparsity), recipe.sweeps)
+        return solution if grid else replace(solution, weight=solution.weight.to(KEPT).to(weight.dtype))
     kept = _top(method.score(weight, importance), sparsity) if method.score and sparsity else None
     masked = weight if kept is None else weight * kept
     if grid is None:
-        return Solution(masked, kept)
+        return Solution(masked.to(KEPT).to(weight.dtype), kept)
     codes = _nearest(masked, grid)
     return Solution(rtn.dequantise(codes, grid.scales, weight.dtype), kept, codes, grid)
 

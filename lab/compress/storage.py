@@ -1,18 +1,25 @@
-"""How compressed layers are stored: as packed integers, as sparse rows, or dense as what they mean.
+"""How compressed layers are stored, and the tables: as packed integers, as sparse rows, or plain as what they mean.
 
 Knows tensors' names and the field `quantization_config`; knows no solver and no folder.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from lab.compress.level import Bits
+from lab.compress.methods import KEPT
 from lab.compress.solve import Solution
+from llama.bits import pack_stream
+from llama.checkpoint import Checkpoint
+from llama.errors import UnsupportedModel
+from llama.formats.promptstitch import q8_tensors, sparse_quantisation
+from llama.q8 import q8_grid, q8_nearest, q8_table
+from llama.sparse import SparseLayout
 
 
 class Storage(Protocol):
@@ -79,9 +86,52 @@ class PackedStorage:
         }
 
 
-def pack_stream(values: Tensor, bits: int) -> Tensor:
-    """values (R, C) uint8 → (R, words) int32, as `llama.bits.unpack_stream` reads them."""
-    octets = values.cpu().numpy()
-    stream = np.unpackbits(octets[..., None], axis=-1, count=bits, bitorder="little").reshape(len(octets), -1)
-    padded = np.pad(stream, ((0, 0), (0, -stream.shape[1] % 32)))
-    return torch.from_numpy(np.packbits(padded, axis=1, bitorder="little").view("<i4"))
+class SparseStorage:
+    """Our own layout: what is kept, and a bitmap that tells where."""
+
+    def __init__(self, level: str) -> None:
+        layout = SparseLayout.of_level(level)
+        if layout is None:
+            raise ValueError(f"{level} is no sparse level")
+        self._level, self._layout = level, layout
+
+    def tensors(self, module: str, layer: Solution) -> dict[str, Tensor]:
+        assert layer.kept is not None
+        values = layer.weight.to(KEPT) if layer.codes is None else layer.codes
+        packed = self._layout.pack(values, layer.kept, layer.grid.scales if layer.grid else None)
+        return {f"{module}.{name}": tensor for name, tensor in packed.items()}
+
+    def quantisation(self) -> dict[str, Any]:
+        return sparse_quantisation(self._level)
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """The table (V, H) of `module` (`model.embed_tokens`, `lm_head`), and how it is stored: as it is, or in 8 bits.
+
+    `lossless` tells whether the 8-bit grid holds just what the table holds, as it does for one that came from GGUF.
+    """
+
+    module: str
+    tensors: dict[str, Tensor]
+    lossless: bool = True
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, module: str, in_8_bits: bool) -> Table:
+        """Raises ModelError."""
+        table = checkpoint.tensor(f"{module}.weight")
+        if not in_8_bits:
+            return cls(module, {f"{module}.weight": table})
+        try:
+            grid, lossless = q8_grid(table), True
+        except UnsupportedModel:
+            grid, lossless = q8_nearest(table), False
+        return cls(module, q8_tensors(module, *grid), lossless)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """ids (…) → what is meant (…, H), fp32."""
+        stored = self.tensors[f"{self.module}.weight"][ids]
+        if stored.dtype.is_floating_point:
+            return stored.float()
+        scales = self.tensors[f"{self.module}.weight_scale"][ids]
+        return q8_table(stored.flatten(0, -3), scales.flatten(0, -2)).view(*ids.shape, -1)

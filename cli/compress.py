@@ -1,0 +1,153 @@
+"""`promptstitch compress`: a dense checkpoint made smaller, layer by layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.output import AsJson, CommandError, tell
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from lab.compress.compress import Plan, Sizes
+    from lab.compress.job import Tokens
+    from lab.data.documents import Document
+    from lab.data.windows import Windows
+    from lab.run import Run
+    from llama.manifest import Manifest
+
+Model = Annotated[str, typer.Argument(help="Dense checkpoint: a folder, or a name that was pulled.")]
+Level = Annotated[str, typer.Option("--level", help="What to make: w4g64, w3g64, w8, s50, s2of4, w4g64-s50, …")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the checkpoint; must not exist.")]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", help="gptq or rtn; with sparsity: sparsegpt, wanda or magnitude.", show_default="solver"),
+]
+Data = Annotated[
+    str | None,
+    typer.Option("--data", metavar="FILE|NAME", help="To calibrate on: text, JSON lines, a folder, or a name: c4."),
+]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", metavar="DIR", help="Where named data is looked for before the Hub.")
+]
+Part = Annotated[str, typer.Option("--part", help="calibration: the sites kept for it; or all of the data.")]
+Count = Annotated[int, typer.Option("--calibration-tokens", min=1, help="Tokens to calibrate on.")]
+Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of one window.")]
+Seed = Annotated[int, typer.Option("--seed", help="Chooses among the windows of the data.")]
+Clip = Annotated[
+    bool | None,
+    typer.Option("--clip/--no-clip", help="Search each group's scale for the least error.", show_default="by level"),
+]
+Sweeps = Annotated[int, typer.Option("--sweeps", min=0, help="Sweeps over the solver's columns; 0 is as published.")]
+Export = Annotated[str, typer.Option("--export", help="packed, or dense: plain weights that mean the same.")]
+Embedding = Annotated[
+    str, typer.Option("--embedding", help="Embedding and head: keep, or q8, which this package alone reads.")
+]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<i>.")]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option("--run", metavar="DIR", help="Folder of log, figures and what a resume needs; else OUT.run."),
+]
+
+
+def compress(
+    model: Model,
+    level: Level,
+    out: Out,
+    method: MethodName = None,
+    data: Data = None,
+    data_root: DataRoot = None,
+    part: Part = "calibration",
+    calibration_tokens: Count = 32768,
+    window: Window = 256,
+    seed: Seed = 0,
+    clip: Clip = None,
+    sweeps: Sweeps = 3,
+    embedding: Embedding = "keep",
+    export: Export = "packed",
+    device: Device = "auto",
+    run: RunFolder = None,
+    as_json: AsJson = False,
+) -> None:
+    """Quantise a checkpoint, prune it, or both in one pass. A command that was cut short goes on where it stopped."""
+    from cli.model import find_model
+    from lab.compress.compress import Order, planned
+    from lab.compress.compress import compress as carry_out
+    from lab.compress.job import Tokens
+    from lab.progress import progress
+    from lab.run import open_run
+
+    plan = planned(Order(find_model(model), out, level, method, clip, sweeps, export, embedding, device))
+    tokens, digest = None, None
+    if plan.recipe.method.calibrated:
+        if data is None:
+            raise CommandError(f"{plan.recipe.method.name} calibrates on text: say --data", usage=True)
+        windows = _windows(plan.order.source, _documents(data, data_root, part), calibration_tokens, window, seed)
+        tokens, digest = Tokens.of(windows.ids, windows.lengths), windows.digest
+    with (
+        open_run(run or out.with_name(f"{out.name}.run"), plan.config(digest), seed) as folder,
+        progress(quiet=as_json) as report,
+    ):
+        manifest, sizes = carry_out(plan, tokens, folder, report)
+        told = _told(plan, manifest, sizes, folder, tokens)
+        folder.tell(**told)
+    tell(told, as_json)
+
+
+def _documents(data: str, root: Path | None, part: str) -> Sequence[Document]:
+    from lab.data.documents import DataError
+    from lab.data.named import documents
+    from lab.data.splits import split
+
+    if part not in ("calibration", "all"):
+        raise CommandError(f"--part is {part!r}; it is calibration or all", usage=True)
+    found = documents(data, root)
+    if part == "all":
+        return found
+    try:
+        return split(found).parts["calibration"]
+    except DataError as error:
+        raise CommandError(f"{error}; or calibrate on all of it: --part all") from error
+
+
+def _windows(model: Path, documents: Sequence[Document], count: int, length: int, seed: int) -> Windows:
+    """As many windows as hold `count` tokens, drawn by the seed; all if there are fewer."""
+    import torch
+
+    from lab.data.windows import cut
+    from llama.tokenizer import HubTokenizer
+
+    windows = cut(documents, HubTokenizer(model), length)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows.select(order[: int((windows.lengths[order].cumsum(0) < count).sum()) + 1])
+
+
+def _told(plan: Plan, manifest: Manifest, sizes: Sizes, run: Run, tokens: Tokens | None) -> dict[str, Any]:
+    from lab.compress.job import LAYER
+
+    events = run.events(LAYER)
+    errors = [event["error"] for event in events if "error" in event]
+    return {
+        "folder": str(plan.order.out),
+        "run": str(run.folder),
+        "name": manifest.name,
+        "base": manifest.base,
+        "level": manifest.level,
+        "weights": manifest.weights,
+        "method": plan.recipe.method.name,
+        "clip": plan.recipe.clip,
+        "sweeps": plan.recipe.sweeps,
+        "calibration_tokens": int(tokens.real.sum()) if tokens else 0,
+        "layer_error": sum(errors) / len(errors) if errors else None,
+        "embedding": plan.order.embedding,
+        "embedding_lossless": run.figures["embedding_lossless"],
+        "damped_more": [f"{e['block']}.{e['step']}: {e['damping']:g}" for e in events if e.get("damped_more")],
+        "dead_inputs": sum(event.get("dead_inputs", 0) for event in events),
+        **{f"{name}_bytes": value for name, value in asdict(sizes).items()},
+        "smaller": round(sizes.dense_disk / sizes.disk, 2),
+        "paper_smaller": round(sizes.paper_dense / sizes.paper, 2),
+    }
