@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, model_validator
 
 from server.schemas.common import Answer, Body, Messages, ModelName, StitchedPrompt, Text, example, refuse
+from server.schemas.sampling import On
 
 
 class ModelAnswer(Answer):
@@ -36,7 +37,7 @@ class TokenizeBody(Body):
     prompt: Text | None = None
     messages: Messages | None = None
     add_special_tokens: Annotated[bool | None, Field(description="only with prompt; true if not given")] = None
-    add_generation_prompt: Literal[True] | None = None
+    add_generation_prompt: On | None = None
 
     @model_validator(mode="after")
     def _check_input(self) -> Self:

@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from engine.request import SamplingParams
 from server.schemas.common import Body, Short, Stop, TokenId, refuse
 
+
+def _boolean(value: object) -> object:
+    if not isinstance(value, bool):
+        raise ValueError("must be a boolean")
+    return value
+
+
+Off = Annotated[Literal[False], BeforeValidator(_boolean)]  # by itself, Literal takes 0 for False
+On = Annotated[Literal[True], BeforeValidator(_boolean)]
 BiasKey = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 TokenCount = Annotated[int, Field(ge=0, le=10_000_000)]
@@ -16,7 +25,7 @@ TokenCount = Annotated[int, Field(ge=0, le=10_000_000)]
 
 class StreamOptions(Body):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: Off | None = None
 
 
 class SamplingFields(Body):
@@ -96,7 +105,7 @@ class OpenAIFields(Body):
     prompt_cache_key: Short | None = None
     prompt_cache_retention: Short | None = None
     metadata: Annotated[dict[Annotated[str, Field(max_length=64)], Short], Field(max_length=16)] | None = None
-    store: Literal[False] | None = None
+    store: Off | None = None
     service_tier: Literal["auto", "default", "flex", "priority", "scale"] | None = None
     stream_options: StreamOptions | None = None
 
@@ -131,8 +140,8 @@ class ChatNeutralFields(Body):
     reasoning_effort: Literal["none"] | None = None
     verbosity: Literal["medium"] | None = None
     web_search_options: None = None
-    add_generation_prompt: Literal[True] | None = None
-    continue_final_message: Literal[False] | None = None
+    add_generation_prompt: On | None = None
+    continue_final_message: Off | None = None
     chat_template: None = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=0)] | None = None
 
@@ -147,10 +156,10 @@ class CompletionNeutralFields(Body):
 class VllmNeutralFields(Body):
     """Fields that vLLM's clients send, with vLLM's defaults."""
 
-    use_beam_search: Literal[False] | None = None
-    skip_special_tokens: Literal[True] | None = None
-    spaces_between_special_tokens: Literal[True] | None = None
-    include_stop_str_in_output: Literal[False] | None = None
+    use_beam_search: Off | None = None
+    skip_special_tokens: On | None = None
+    spaces_between_special_tokens: On | None = None
+    include_stop_str_in_output: Off | None = None
 
 
 NEUTRAL = frozenset(
