@@ -29,12 +29,14 @@ Progress = Callable[[str, int, int], None]  # step, windows done, in all
 class Scores:
     """What each scored token of W windows cost, on the CPU in fp32: (W, T), 0 where nothing is scored.
 
-    `nll` is the negative log-likelihood; `kl` the divergence KL(dense ‖ model) of the distributions that the token was
-    drawn from, and `agrees` whether both have the same most likely token: None without a teacher.
+    `nll` is the negative log-likelihood, `hits` whether it was the most likely token; `kl` the divergence
+    KL(dense ‖ model) of the distributions that it was drawn from, and `agrees` whether both have the same most likely
+    token: None without a teacher.
     """
 
     windows: Windows
     nll: Tensor
+    hits: Tensor
     kl: Tensor | None = None
     agrees: Tensor | None = None
 
@@ -84,7 +86,7 @@ def score(
     """
     before = None if prompt is None else prefix(model, prompt.tensors)
     shape = windows.scored.shape
-    nll = torch.zeros(shape)
+    nll, hits = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
     kl, agrees = (None, None) if teacher is None else (torch.zeros(shape), torch.zeros(shape, dtype=torch.bool))
     done = 0
     for rows, hidden in predicting(model, windows, before, batch_tokens=batch_tokens):
@@ -95,16 +97,18 @@ def score(
         for chunk in torch.split(hidden, chunk_rows(model)):
             here = tuple(index[start : start + len(chunk)] for index in at)
             logits = model.logits(chunk).float()
-            nll[here] = F.cross_entropy(logits, target[start : start + len(chunk)], reduction="none").cpu()
+            wanted, top = target[start : start + len(chunk)], logits.argmax(-1)
+            nll[here] = F.cross_entropy(logits, wanted, reduction="none").cpu()
+            hits[here] = (top == wanted).cpu()
             if teacher is not None and theirs is not None and kl is not None and agrees is not None:
                 dense = teacher.head(theirs[start : start + len(chunk)].to(model.device)).float()
                 kl[here] = divergence(dense, logits).cpu()
-                agrees[here] = (dense.argmax(-1) == logits.argmax(-1)).cpu()
+                agrees[here] = (dense.argmax(-1) == top).cpu()
             start += len(chunk)
         done += len(rows)
         if progress:
             progress("score", done, len(windows))
-    return Scores(windows, nll, kl, agrees)
+    return Scores(windows, nll, hits, kl, agrees)
 
 
 def predicting(
