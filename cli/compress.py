@@ -21,37 +21,29 @@ if TYPE_CHECKING:
     from llama.manifest import Manifest
 
 Model = Annotated[str, typer.Argument(help="Dense checkpoint: a folder, or a name that was pulled.")]
-Level = Annotated[str, typer.Option("--level", help="What to make: w4g64, w3g64, w8, s50, s2of4, w4g64-s50, …")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the checkpoint; must not exist.")]
+Level = Annotated[str, typer.Option("--level", metavar="NAME", help="w4g64, w3g64, w8, s50, s2of4, w4g64-s50, …")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to; nothing may stand there.")]
 MethodName = Annotated[
-    str | None,
-    typer.Option("--method", help="gptq or rtn; with sparsity: sparsegpt, wanda or magnitude.", show_default="solver"),
+    str | None, typer.Option("--method", metavar="NAME", help="gptq, rtn; sparse: sparsegpt, wanda, magnitude.")
 ]
-Data = Annotated[
-    str | None,
-    typer.Option("--data", metavar="FILE|NAME", help="To calibrate on: text, JSON lines, a folder, or a name: c4."),
-]
-DataRoot = Annotated[
-    Path | None, typer.Option("--data-root", metavar="DIR", help="Where named data is looked for before the Hub.")
-]
-Part = Annotated[str, typer.Option("--part", help="calibration: the sites kept for it; or all of the data.")]
-Count = Annotated[int, typer.Option("--calibration-tokens", min=1, help="Tokens to calibrate on.")]
-Window = Annotated[int, typer.Option("--window", min=2, help="Tokens of one window.")]
-Seed = Annotated[int, typer.Option("--seed", help="Chooses among the windows of the data.")]
-Clip = Annotated[
-    bool | None,
-    typer.Option("--clip/--no-clip", help="Search each group's scale for the least error.", show_default="by level"),
-]
-Sweeps = Annotated[int, typer.Option("--sweeps", min=0, help="Sweeps over the solver's columns; 0 is as published.")]
-Export = Annotated[str, typer.Option("--export", help="packed, or dense: plain weights that mean the same.")]
-Embedding = Annotated[
-    str, typer.Option("--embedding", help="Embedding and head: keep, or q8, which this package alone reads.")
-]
-Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<i>.")]
-RunFolder = Annotated[
-    Path | None,
-    typer.Option("--run", metavar="DIR", help="Folder of log, figures and what a resume needs; else OUT.run."),
-]
+Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Calibration text, folder, or a name: c4.")]
+DataRoot = Annotated[Path | None, typer.Option("--data-root", metavar="DIR", help="Where names are looked up first.")]
+
+
+def _option(name: str, metavar: str, text: str) -> Any:
+    return typer.Option(name, metavar=metavar, help=text, show_default=False)
+
+
+Part = Annotated[str, _option("--part", "NAME", "calibration (default): its sites; or all.")]
+Count = Annotated[int, _option("--calibration-tokens", "N", "How many are read (32768).")]
+Window = Annotated[int, _option("--window", "N", "Tokens that stand together (256).")]
+Seed = Annotated[int, _option("--seed", "N", "Draws among the windows (0).")]
+Scales = Annotated[str | None, _option("--scales", "NAME", "fitted, largest; else by level and method.")]
+Sweeps = Annotated[int, _option("--sweeps", "N", "Polish the solver's result (3); 0: as published.")]
+Embedding = Annotated[str, _option("--embedding", "NAME", "keep (default); q8: promptstitch alone reads it.")]
+Export = Annotated[str, _option("--export", "NAME", "packed (default); dense: plain weights.")]
+Device = Annotated[str, _option("--device", "NAME", "auto (default), cpu, cuda, cuda:<i>.")]
+RunFolder = Annotated[Path | None, _option("--run", "DIR", "Log, figures, what a resume needs (OUT.run).")]
 
 
 def compress(
@@ -65,7 +57,7 @@ def compress(
     calibration_tokens: Count = 32768,
     window: Window = 256,
     seed: Seed = 0,
-    clip: Clip = None,
+    scales: Scales = None,
     sweeps: Sweeps = 3,
     embedding: Embedding = "keep",
     export: Export = "packed",
@@ -81,6 +73,9 @@ def compress(
     from lab.progress import progress
     from lab.run import open_run
 
+    if scales not in (None, "fitted", "largest"):
+        raise CommandError(f"--scales is {scales!r}; it is fitted or largest", usage=True)
+    clip = None if scales is None else scales == "fitted"
     plan = planned(Order(find_model(model), out, level, method, clip, sweeps, export, embedding, device))
     tokens, digest = None, None
     if plan.recipe.method.calibrated:
@@ -139,7 +134,7 @@ def _told(plan: Plan, manifest: Manifest, sizes: Sizes, run: Run, tokens: Tokens
         "level": manifest.level,
         "weights": manifest.weights,
         "method": plan.recipe.method.name,
-        "clip": plan.recipe.clip,
+        "scales": "fitted" if plan.recipe.clip else "largest",
         "sweeps": plan.recipe.sweeps,
         "calibration_tokens": int(tokens.real.sum()) if tokens else 0,
         "layer_error": sum(errors) / len(errors) if errors else None,

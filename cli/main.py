@@ -47,9 +47,11 @@ def explain(error: Exception) -> tuple[str, int]:
         return error.message + hint, 2 if isinstance(error, BadKey | BadLevel | BadReference | InvalidArtifact) else 1
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 1
+    from lab.data.documents import DataError
+    from lab.run import RunError
     from llama.errors import ModelError
 
-    if isinstance(error, ModelError):
+    if isinstance(error, ModelError | DataError | RunError):
         return str(error).replace("\n", " "), 1
     raise error
 

@@ -107,7 +107,9 @@ def planned(order: Order) -> Plan:
     level.check({step: inputs for step, (_, inputs) in step_shapes(checkpoint.config).items()})
     clip = method.solves and not level.sparsity if order.clip is None else order.clip
     if clip and not level.grid:
-        raise UnsupportedModel(f"level {order.level} has no grid whose scales could be searched; leave --clip out")
+        raise UnsupportedModel(f"level {order.level} has no grid whose scales could be fitted; leave --scales out")
+    if order.sweeps < 0:
+        raise UnsupportedModel(f"sweeps is {order.sweeps}; it must be at least 0")
     recipe = Recipe(level, method, clip, order.sweeps if method.solves else 0)
     return Plan(order, checkpoint, identity, recipe, _storage(order, level, checkpoint), choose_device(order.device))
 
