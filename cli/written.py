@@ -14,6 +14,7 @@ import torch
 from cli.output import CommandError
 from llama.checkpoint import Checkpoint
 from llama.fingerprint import EMBEDDING
+from llama.formats.promptstitch import stored_table, table_rows
 from llama.load import info
 from llama.tokenizer import HubTokenizer
 from prompts_store.file import PromptFile, Provenance
@@ -36,8 +37,8 @@ def written_prompt(text: str, folder: Path, task: str | None, level: str | None,
     bos: Bos = "tokenizer"
     if tokenizer.bos_token_id is not None and tokenizer.encode(text)[:1] == [tokenizer.bos_token_id] != ids[:1]:
         ids, bos = [tokenizer.bos_token_id, *ids], "none"
-    table = Checkpoint(folder)
-    rows = torch.cat([table.rows(EMBEDDING, token, token + 1) for token in ids]).float().contiguous()
+    table = stored_table(Checkpoint(folder), EMBEDDING)
+    rows = torch.cat([table_rows(table, token, token + 1) for token in ids]).contiguous()
     prompt = SoftPrompt("rows", identity.base, {"prompt_embeddings": rows}, bos)
     kept = text if len(text.encode()) <= MAX_TEXT_KEPT else f"sha256:{hashlib.sha256(text.encode()).hexdigest()}"
     created = datetime.now(UTC).isoformat(timespec="seconds")

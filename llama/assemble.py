@@ -11,15 +11,17 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama.build import Target, build_linear, dense_weight
+from llama.build import Target, build_linear, build_q8, dense_weight
 from llama.checkpoint import Checkpoint
+from llama.embedding import DenseEmbedding, Embedding, Q8Embedding
 from llama.errors import BrokenCheckpoint
-from llama.formats.matrix import FLOATS, DenseMatrix, Format
+from llama.formats.matrix import FLOATS, Format, Q8Matrix
+from llama.formats.promptstitch import stored_table
 from llama.heap import trim_heap
 from llama.linear import DenseLinear, Linear
 from llama.model import Block, Llama, RMSNorm
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 NEEDLESS = ("rotary_emb.inv_freq", "lm_head.weight")  # written by some, recomputed or (if tied) repeated
 
 
@@ -35,13 +37,8 @@ class Assembly:
     def model(self, done: Callable[[float], None]) -> Llama:
         """The whole model; `done` hears what share of it is there. Raises ModelError."""
         config = self.checkpoint.config
-        table = (config.vocab_size, config.hidden_size)
-        embedding = dense_weight([DenseMatrix(self.checkpoint, EMBEDDING, table)], self.target)
         # The head comes early: it may be rearranged by way of a copy, which then lies below the peak.
-        if config.tied:
-            head = self._ready(DenseLinear(embedding))
-        else:
-            head = self._linear(config.hidden_size, {"lm_head": config.vocab_size}, biased=False)
+        embedding, head = self._tables()
         blocks = []
         for index in range(config.num_layers):
             done(index / config.num_layers)
@@ -50,6 +47,23 @@ class Assembly:
         self._refuse_leftovers()
         done(1.0)
         return Llama(config, embedding, blocks, norm, head)
+
+    def _tables(self) -> tuple[Embedding, Linear]:
+        """Embedding and head; if they are tied, over one table (V, H)."""
+        table = stored_table(self.checkpoint, EMBEDDING)
+        embedding: Embedding
+        head: Linear
+        if isinstance(table, Q8Matrix):
+            shared = build_q8(EMBEDDING, table, None, self.target)
+            embedding, head = Q8Embedding(shared), shared
+        else:
+            weight = dense_weight([table], self.target)
+            embedding, head = DenseEmbedding(weight), DenseLinear(weight)
+        if not self.checkpoint.config.tied:
+            on_grid = isinstance(table, Q8Matrix)
+            own = stored_table(self.checkpoint, HEAD) if on_grid else self.format.matrix(HEAD, table.shape)
+            head = build_linear(HEAD, [own], None, self.target)
+        return embedding, self._ready(head)
 
     def _block(self, index: int) -> Block:
         config, at = self.checkpoint.config, f"model.layers.{index}"

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from llama.errors import BrokenCheckpoint
 from llama.formats.bitsandbytes import NF4_VALUES
-from llama.formats.matrix import DenseMatrix, IntMatrix, Matrix, Nf4Matrix
+from llama.formats.matrix import DenseMatrix, IntMatrix, Matrix, Nf4Matrix, Q8Matrix
 from llama.int4 import GROUPS, Int4Linear, kernel_block
 from llama.linear import DenseLinear, FusedLinear, Linear
 from llama.packed import TWOS_COMPLEMENT, CodebookLinear, Int8Linear, PackedLinear, scale_dtype
+from llama.q8 import Q8Linear
 
 FILL_WEIGHTS = 1 << 20  # read, quantised and packed at once
 
@@ -48,8 +49,17 @@ def build_linear(module: str, parts: Sequence[Matrix], bias: Tensor | None, targ
         block, scales = nf4[0].block, torch.float32
         layer = CodebookLinear(_shape(nf4), NF4_VALUES, block, scales, target.dtype, target.device, bias)
         return _fill(module, layer, nf4)
+    if len(parts) == 1 and isinstance(parts[0], Q8Matrix):
+        return build_q8(module, parts[0], bias, target)
     biases = [None] * len(parts) if bias is None else torch.split(bias, [part.shape[0] for part in parts])
     return FusedLinear([build_linear(module, [p], b, target) for p, b in zip(parts, biases, strict=True)])
+
+
+def build_q8(module: str, table: Q8Matrix, bias: Tensor | None, target: Target) -> Q8Linear:
+    """As `build_linear`, of a table on the 8-bit grid, which the embedding may share."""
+    layer = Q8Linear(table.shape, target.dtype, target.device, bias)
+    _fill(module, layer, [table])
+    return layer
 
 
 def dense_weight(parts: Sequence[DenseMatrix], target: Target) -> Tensor:
@@ -75,7 +85,7 @@ def _int_layer(parts: Sequence[IntMatrix], bias: Tensor | None, target: Target) 
     return CodebookLinear(shape, TWOS_COMPLEMENT, group, scales, target.dtype, target.device, bias, order, offsets)
 
 
-def _fill(module: str, layer: PackedLinear, parts: Sequence[IntMatrix | Nf4Matrix]) -> PackedLinear:
+def _fill(module: str, layer: PackedLinear, parts: Sequence[IntMatrix | Nf4Matrix | Q8Matrix]) -> PackedLinear:
     for part, start, stop, at in _pieces(parts, layer.row_step):
         rows = part.rows(start, stop)
         if not bool(torch.isfinite(rows.scales).all()):

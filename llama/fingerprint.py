@@ -16,14 +16,17 @@ from typing import Any
 
 import torch
 
+from llama.checkpoint import Checkpoint
 from llama.config import LlamaConfig
 from llama.errors import BrokenCheckpoint
+from llama.formats.promptstitch import stored_table, table_rows
 from llama.shards import chunks, open_shard, read_json, tensor_files
 
 BASE_DOMAIN = b"promptstitch.base.v1\0"
 WEIGHTS_DOMAIN = b"promptstitch.weights.v1\0"
 DERIVED_DOMAIN = b"promptstitch.weights.derived.v1\0"
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING = "model.embed_tokens"
+HASH_ROWS = 4096  # of the embedding, at once
 
 _CONFIG_FIELDS = (  # names, context length and epsilon are no part: the same prompt fits
     "hidden_size",
@@ -60,18 +63,11 @@ def base_digest(directory: Path) -> str:
     digest = hashlib.sha256(BASE_DOMAIN)
     digest.update(_canonical(_numbers(config)) + b"\0")
     digest.update(_canonical(_vocabulary(read_json(directory / "tokenizer.json"))) + b"\0")
-    files = tensor_files(directory)
-    if EMBEDDING not in files:
-        raise BrokenCheckpoint(f"{directory} holds no tensor {EMBEDDING}")
-    with open_shard(files[EMBEDDING]) as shard:
-        shape = shard.get_slice(EMBEDDING).get_shape()
-        if shape != [config.vocab_size, config.hidden_size]:
-            raise BrokenCheckpoint(
-                f"{EMBEDDING} is {shape}, config.json says {[config.vocab_size, config.hidden_size]}"
-            )
-        digest.update(_canonical(shape) + b"\0")
-        for rows in chunks(shard, EMBEDDING):
-            digest.update(rows.float().numpy().astype("<f4", copy=False).data)
+    table = stored_table(Checkpoint(directory), EMBEDDING)
+    digest.update(_canonical(table.shape) + b"\0")
+    for start in range(0, table.shape[0], HASH_ROWS):
+        rows = table_rows(table, start, min(start + HASH_ROWS, table.shape[0]))
+        digest.update(rows.contiguous().numpy().astype("<f4", copy=False).data)
     return f"sha256:{digest.hexdigest()}"
 
 

@@ -39,10 +39,11 @@ def identify(directory: Path, level: str | None = None, base: str | None = None)
     Raises UnsupportedModel for a level that cannot be had, ModelError for a base that contradicts the manifest.
     """
     raw = read_json(directory / "config.json")
-    stored = _stored(directory, declared_level(raw), None if base is None else _base(base))
+    declared = declared_level(raw)
+    stored = _stored(directory, declared, None if base is None else _base(base))
     if level is None or level == stored.level:
         return stored
-    if raw.get("quantization_config"):
+    if declared != "dense":
         raise UnsupportedModel(
             f"the checkpoint is quantised already ({stored.level}) and cannot be loaded at {level}; "
             "leave the level out, or load the dense checkpoint that it was made from"

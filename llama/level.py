@@ -51,6 +51,12 @@ def declared_level(raw: Mapping[str, Any]) -> str:
     )
 
 
+def has_q8_tables(raw: Mapping[str, Any]) -> bool:
+    """Whether `config.json` says that embedding and head are on the grid of `llama.q8`."""
+    quantisation = json_object(raw.get("quantization_config"), "quantization_config")
+    return quantisation.get("quant_method") == METHOD and quantisation.get("tables") == TABLES
+
+
 def weight_schemes(quantisation: Mapping[str, Any]) -> list[dict[str, Any]]:
     """`config_groups.*.weights` of a compressed-tensors configuration. Raises BrokenCheckpoint."""
     groups = json_object(quantisation.get("config_groups"), "config_groups")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from llama import native
 from llama.config import LlamaConfig
+from llama.embedding import Embedding
 from llama.linear import Linear
 from llama.rope import Rope, Rotation, rotate
 
@@ -80,11 +81,11 @@ class Llama(nn.Module):
     """Embedding, decoder blocks, norm and head."""
 
     def __init__(
-        self, config: LlamaConfig, embedding: Tensor, blocks: Sequence[Block], norm: RMSNorm, head: Linear
+        self, config: LlamaConfig, embedding: Embedding, blocks: Sequence[Block], norm: RMSNorm, head: Linear
     ) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Parameter(embedding, requires_grad=False)  # (V, H)
+        self.embedding = embedding
         self.blocks = nn.ModuleList(blocks)
         self.norm = norm
         self.head = head
@@ -101,7 +102,7 @@ class Llama(nn.Module):
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (T,) → (T, H)."""
-        return F.embedding(ids, self.embedding)
+        return self.embedding(ids)
 
     def forward(self, x: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """x (T, H) embedded tokens or soft rows, positions (T,) → hidden states (T, H) after the last norm."""

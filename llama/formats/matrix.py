@@ -68,7 +68,17 @@ class Nf4Matrix(ABC):
         """Codes in 0..15, absolute maxima (n * K / block,) fp32 as scales; whole blocks only."""
 
 
-Matrix = DenseMatrix | IntMatrix | Nf4Matrix
+class Q8Matrix(ABC):
+    """A table on the grid of `llama.q8`: an int8 code for each weight, an fp16 scale for each 32 inputs of a row."""
+
+    shape: tuple[int, int]
+
+    @abstractmethod
+    def rows(self, start: int, stop: int) -> Rows:
+        """Codes (n, K) int8, scales (n, K / 32) fp16."""
+
+
+Matrix = DenseMatrix | IntMatrix | Nf4Matrix | Q8Matrix
 
 
 class Format(Protocol):

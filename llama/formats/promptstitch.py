@@ -15,8 +15,9 @@ from torch import Tensor
 
 from llama.checkpoint import Checkpoint
 from llama.errors import BrokenCheckpoint, UnsupportedModel
-from llama.formats.matrix import FLOATS, DenseMatrix, IntMatrix, Matrix, Rows
-from llama.level import METHOD, SPARSE_FORMAT, TABLES
+from llama.formats.matrix import FLOATS, DenseMatrix, IntMatrix, Matrix, Q8Matrix, Rows
+from llama.level import METHOD, SPARSE_FORMAT, TABLES, has_q8_tables
+from llama.q8 import GROUP, q8_table
 from llama.sparse import SparseLayout
 
 
@@ -103,3 +104,36 @@ class SparseIntMatrix(IntMatrix):
 
     def rows(self, start: int, stop: int) -> Rows:
         return Rows(self._stored.rows(start, stop), self._stored.scales(start, stop))
+
+
+class StoredQ8(Q8Matrix):
+    """Read from a checkpoint. Raises BrokenCheckpoint."""
+
+    def __init__(self, checkpoint: Checkpoint, module: str, shape: tuple[int, int]) -> None:
+        n, k = shape
+        if k % GROUP:
+            raise UnsupportedModel(f"{module}: {k} inputs cannot be cut into groups of {GROUP}")
+        checkpoint.expect(f"{module}.weight", (n, k // GROUP, GROUP), ("I8",))
+        checkpoint.expect(f"{module}.weight_scale", (n, k // GROUP), ("F16",))
+        self.shape = shape
+        self._checkpoint, self._module = checkpoint, module
+
+    def rows(self, start: int, stop: int) -> Rows:
+        codes = self._checkpoint.rows(f"{self._module}.weight", start, stop)
+        return Rows(codes.flatten(1), self._checkpoint.rows(f"{self._module}.weight_scale", start, stop))
+
+
+def stored_table(checkpoint: Checkpoint, module: str) -> DenseMatrix | Q8Matrix:
+    """The table (V, H) of `model.embed_tokens`, or of a head where tables are on the grid, in any checkpoint."""
+    shape = (checkpoint.config.vocab_size, checkpoint.config.hidden_size)
+    if has_q8_tables(checkpoint.raw_config):
+        return StoredQ8(checkpoint, module, shape)
+    return DenseMatrix(checkpoint, f"{module}.weight", shape)
+
+
+def table_rows(table: DenseMatrix | Q8Matrix, start: int, stop: int) -> Tensor:
+    """Rows start..stop of a table (n, H), fp32."""
+    if isinstance(table, DenseMatrix):
+        return table.rows(start, stop).float()
+    codes, scales, _ = table.rows(start, stop)
+    return q8_table(codes.view(len(codes), -1, GROUP), scales)

@@ -11,6 +11,7 @@ from transformers import LlamaConfig as HFConfig
 from transformers import LlamaForCausalLM
 
 from llama.config import LlamaConfig
+from llama.embedding import DenseEmbedding
 from llama.linear import DenseLinear
 from llama.model import Block, Llama, RMSNorm
 from prompts_store.prompt import SoftPrompt
@@ -68,7 +69,8 @@ def ours(model: LlamaForCausalLM, dtype: torch.dtype = torch.float32) -> Llama:
         )
 
     blocks = [block(i) for i in range(config.num_layers)]
-    return Llama(config, weights["model.embed_tokens.weight"], blocks, norm("model.norm"), linear("lm_head")).eval()
+    embedding = DenseEmbedding(weights["model.embed_tokens.weight"])
+    return Llama(config, embedding, blocks, norm("model.norm"), linear("lm_head")).eval()
 
 
 def rows(n: int, hidden: int, seed: int = 0, scale: float = 0.2, **fields: Any) -> SoftPrompt:
