@@ -75,10 +75,17 @@ def windows(ids: Tensor, scored: Tensor, document: Tensor, left_out: int = 0) ->
 
 
 def cut(
-    documents: Sequence[Document], tokenizer: Tokenizer, length: int, *, bos: Bos = "none", most: int | None = None
+    documents: Sequence[Document],
+    tokenizer: Tokenizer,
+    length: int,
+    *,
+    bos: Bos | None = None,
+    most: int | None = None,
 ) -> Windows:
     """Windows of the documents, in order; `most` is the largest number of windows taken from one of them.
 
+    `bos` is the layout of the prompt that they go behind; without one, a text has no BOS, and what is asked is encoded
+    as the tokenizer does by itself, as serving does.
     Of a text, every `length` tokens are a window, without overlap, and what is left over at the end is dropped; a BOS
     that the layout asks for stands before each, as an extra token. Of a completion or a chat, the whole is one window
     of at most `length` tokens, and a longer one is left out; it ends with the token that ends an answer. Raises
@@ -109,12 +116,14 @@ class _Row:
     scored: list[bool]
 
 
-def _rows(document: Document, tokenizer: Tokenizer, length: int, bos: Bos) -> Iterator[_Row]:
+def _rows(document: Document, tokenizer: Tokenizer, length: int, bos: Bos | None) -> Iterator[_Row]:
     try:
         if not document.turns and document.completion is None:
-            yield from _text(document.text or "", tokenizer, length, bos)
+            yield from _text(document.text or "", tokenizer, length, bos or "none")
             return
-        for row in _chat(document, tokenizer) if document.turns else _completion(document, tokenizer, bos):
+        for row in (
+            _chat(document, tokenizer) if document.turns else _completion(document, tokenizer, bos or "tokenizer")
+        ):
             if len(row.ids) <= length:
                 yield replace(row, scored=[False, *row.scored[1:]])
     except ValueError as error:

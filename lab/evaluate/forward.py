@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama.model import CausalAttention, Llama
-from llama.rope import rotate
+from llama.rope import rotate, unrotate
 
 Prefix = tuple[Tensor, Tensor]  # keys, rotated for positions 0..N-1, and values; each (layers, KV heads, N, D)
 
@@ -41,6 +41,20 @@ def hidden_states(model: Llama, ids: Tensor, before: Prefix | None = None) -> Te
     hidden = model(model.embed(ids.flatten().to(model.device)), positions, CausalAttention(batch, before))
     out: Tensor = hidden.view(batch, length, -1)
     return out
+
+
+@torch.no_grad()
+def own_kv(model: Llama, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the kv prompt that equals this rows prompt: what its rows leave, keys turned back to before RoPE.
+
+    fp32 on the CPU, as `SoftPrompt` wants them.
+    """
+    keys, values = prefix(model, tensors)  # (layers, KV heads, N, D)
+    layers, heads, n, dim = keys.shape
+    flat = keys.permute(2, 0, 1, 3).reshape(n, layers * heads, dim)
+    turned = unrotate(flat, model.rope.tables(torch.arange(n, device=model.device)))
+    keys = turned.view(n, layers, heads, dim).permute(1, 2, 0, 3)
+    return {"keys": keys.float().cpu().contiguous(), "values": values.float().cpu().contiguous()}
 
 
 class _Keeping(CausalAttention):

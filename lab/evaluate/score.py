@@ -120,17 +120,28 @@ def predicting(
     """
     lengths = windows.lengths
     order = torch.arange(len(windows)) if in_order else lengths.argsort(stable=True)
-    size = max(1, batch_tokens // max(1, windows.scored.shape[1]))
-    for rows in torch.split(order, size):
+    for rows in torch.split(order, _batches(lengths[order].tolist(), batch_tokens)):
         width = max(2, int(lengths[rows].max()))
-        hidden = hidden_states(model, windows.ids[rows, :width], before)
-        yield rows, hidden[:, :-1][windows.scored[rows, 1:width].to(hidden.device)]
+        hidden = hidden_states(model, windows.ids[rows, : width - 1], before)  # the last token predicts nothing
+        yield rows, hidden[windows.scored[rows, 1:width].to(hidden.device)]
 
 
 def divergence(dense: Tensor, model: Tensor) -> Tensor:
     """KL(dense ‖ model) in nats of logits (n, V) each → (n,), not below 0."""
     p, q = dense.log_softmax(-1), model.log_softmax(-1)
     return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
+
+
+def _batches(lengths: list[int], batch_tokens: int) -> list[int]:
+    """How many windows go together, one after another, so that none but a lone one takes more than `batch_tokens`."""
+    sizes, count, widest = [], 0, 0
+    for length in lengths:
+        widest = max(widest, length)
+        if count and (count + 1) * widest > batch_tokens:
+            sizes.append(count)
+            count, widest = 0, length
+        count += 1
+    return [*sizes, count]
 
 
 def chunk_rows(model: Llama) -> int:
