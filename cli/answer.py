@@ -33,9 +33,9 @@ def answer(
     """
     query = None if ref is None else Query(parse_reference(ref), settings.resolution)
     params = SamplingParams(**{**sampling, "stop": tuple(sampling.get("stop", ()))})
-    chosen = to_serve(settings, steps)
+    chosen, identity = to_serve(settings, steps)
     with open_store(chosen) as store:
-        engine = start_engine(chosen, steps)
+        engine = start_engine(chosen, identity, steps)
         try:
             seed(store, engine, chosen)
             stitch = None if query is None else _find(store, query, engine)

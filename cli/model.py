@@ -14,6 +14,7 @@ from transformers.utils.logging import disable_progress_bar
 from cli.output import CommandError, Steps
 from engine.engine import LocalEngine, ServedModel
 from engine.options import EngineOptions
+from llama.identity import Identity
 from llama.load import choose_device, choose_dtype, info, load
 from llama.pull import default_folder, pull
 from llama.tokenizer import HubTokenizer
@@ -42,8 +43,8 @@ def fetch(name: str, to: Path | None, steps: Steps, revision: str | None = None,
     return pull(name, to, steps, revision, base)
 
 
-def to_serve(settings: Settings, steps: Steps) -> Settings:
-    """The settings with the model's folder in `model`, and what its being the embedded one brings with it.
+def to_serve(settings: Settings, steps: Steps) -> tuple[Settings, Identity]:
+    """The settings with the model's folder in `model`, and what its being the embedded one brings with it; who it is.
 
     By its name, the embedded model is fetched where it is missing and served at EMBEDDED_LEVEL unless a level is given;
     any folder is served as it is stored. The prompts that the package ships for a base are those that a new registry
@@ -53,14 +54,14 @@ def to_serve(settings: Settings, steps: Steps) -> Settings:
     if settings.model == EMBEDDED and not Path(EMBEDDED).is_dir() and not default_folder(EMBEDDED).is_dir():
         fetch(EMBEDDED, None, steps)
     folder = find_model(settings.model)
-    stored = info(folder, base=settings.base).identity
-    choose_dtype(settings.dtype, choose_device(settings.device))
     level = settings.level
-    if level is None and settings.model == EMBEDDED and stored.level == "dense":
+    identity = info(folder, level=level, base=settings.base).identity
+    choose_dtype(settings.dtype, choose_device(settings.device))
+    if level is None and settings.model == EMBEDDED and identity.level == "dense":
         level = EMBEDDED_LEVEL
-    info(folder, level=level, base=settings.base)
-    seeds = settings.seed_prompts or tuple(seed for seed in shipped_prompts() if _base_of(seed) == stored.base)
-    return settings.model_copy(update={"model": str(folder), "level": level, "seed_prompts": seeds})
+        identity = info(folder, level=level, base=settings.base).identity
+    seeds = settings.seed_prompts or tuple(seed for seed in shipped_prompts() if _base_of(seed) == identity.base)
+    return settings.model_copy(update={"model": str(folder), "level": level, "seed_prompts": seeds}), identity
 
 
 def shipped_prompts() -> list[Path]:
@@ -69,18 +70,20 @@ def shipped_prompts() -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def start_engine(settings: Settings, steps: Steps) -> LocalEngine:
-    """Load the model in the folder `settings.model` and start its loop. Raises ModelError, CommandError."""
+def start_engine(settings: Settings, identity: Identity, steps: Steps) -> LocalEngine:
+    """Load the model in the folder `settings.model` and start its loop. Raises ModelError, CommandError.
+
+    `settings` and `identity` are those of `to_serve`.
+    """
     folder = Path(settings.model)
     loaded = load(
         folder,
         level=settings.level,
         dtype=settings.dtype,
         device=settings.device,
-        base=settings.base,
+        identity=identity,
         progress=steps,
     )
-    identity = loaded.identity
     served = ServedModel(identity.name, identity.base, identity.level, identity.weights, loaded.resident_bytes)
     try:
         return LocalEngine(loaded.model, HubTokenizer(folder), served, _options(settings))
@@ -98,6 +101,7 @@ def _options(settings: Settings) -> EngineOptions:
         max_waiting_tokens=settings.max_queued_tokens,
         max_model_len=settings.max_model_len,
         max_virtual_tokens=settings.max_prompt_tokens,
+        max_row_norm=settings.max_prompt_norm,
     )
 
 

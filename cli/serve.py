@@ -28,6 +28,7 @@ PANELS = {
     "Engine": (
         "max_model_len",
         "max_prompt_tokens",
+        "max_prompt_norm",
         "kv_memory",
         "page_size",
         "max_running",
@@ -84,12 +85,12 @@ def serve(model: Model = None, config: Config = None, **flags: Any) -> None:
     torch.set_num_threads(1)
     with open_store(settings) as store, progress(quiet=False) as steps:
         check_exposure(settings, store)
-        settings = to_serve(settings, steps)
+        settings, identity = to_serve(settings, steps)
 
         def ready(info: EngineInfo, url: str) -> None:
             announce(info, url, store)
 
-        code = run(settings, lambda chosen: alone(cores, start_engine, chosen, steps), store, ready)
+        code = run(settings, lambda chosen: alone(cores, start_engine, chosen, identity, steps), store, ready)
     raise typer.Exit(code)
 
 

@@ -57,6 +57,7 @@ class LocalEngine:
         self._runner = Runner(model, KVPages(model.config, num_pages, options.page_size, model.dtype, model.device))
         self._scheduler = Scheduler(self._pool, options.max_running, options.max_batch_tokens)
         self._info = _info(model, tokenizer, served, options, num_pages)
+        self._max_norm = options.max_row_norm * stitch.largest_norm(model)
         self._special = frozenset(tokenizer.special_token_ids)
         self._tickets: dict[str, Ticket] = {}  # written under the lock, by submit and by the loop
         self._inbox: deque[Callable[[], None]] = deque()
@@ -104,7 +105,8 @@ class LocalEngine:
             self._wake.notify_all()
 
     def check_prompt(self, prompt: SoftPrompt) -> None:
-        problem = stitch.mismatch(prompt, self._model, self._info.base, self._info.max_virtual_tokens)
+        info = self._info
+        problem = stitch.mismatch(prompt, self._model, info.base, info.max_virtual_tokens, self._max_norm)
         if problem is not None:
             raise InvalidRequest("prompt", problem[1], problem[0])
 

@@ -28,6 +28,7 @@ class EngineOptions:
     max_waiting_tokens: int = 1 << 20
     max_model_len: int | None = None  # None = the model's context
     max_virtual_tokens: int = 512
+    max_row_norm: float = 1e4  # of a rows prompt, in largest norms of the embedding table's rows
     max_choices: int = 64  # n of one request
     max_logprobs: int = 20
 

@@ -14,9 +14,20 @@ from llama.model import Llama
 from llama.rope import rotate
 from prompts_store.prompt import SoftPrompt
 
+EMBEDDED_AT_ONCE = 4096  # token ids
 
-def mismatch(prompt: SoftPrompt, model: Llama, base: str, max_virtual_tokens: int) -> tuple[str, str] | None:
-    """(code, why) this model cannot serve the prompt, or None."""
+
+@torch.inference_mode()
+def largest_norm(model: Llama) -> float:
+    """The largest norm of a row of the embedding table: the scale of what the model is used to read."""
+    ids = torch.arange(model.config.vocab_size, device=model.device)
+    return max(float(model.embed(part).float().norm(dim=-1).max()) for part in ids.split(EMBEDDED_AT_ONCE))
+
+
+def mismatch(
+    prompt: SoftPrompt, model: Llama, base: str, max_virtual_tokens: int, max_norm: float
+) -> tuple[str, str] | None:
+    """(code, why) this model cannot serve the prompt, or None. `max_norm` is that of a row."""
     config, n = model.config, prompt.num_virtual_tokens
     if prompt.base != base:
         return "base_model_mismatch", f"the prompt belongs to base {prompt.base}, this model's is {base}"
@@ -28,6 +39,8 @@ def mismatch(prompt: SoftPrompt, model: Llama, base: str, max_virtual_tokens: in
         return "hidden_size_mismatch", f"the prompt's shape is {prompt.shape}, this model needs {expected}"
     if not all(tensor.to(model.dtype).isfinite().all() for tensor in prompt.tensors.values()):
         return "non_finite", f"the prompt holds values that are not finite in {model.dtype}, which is served here"
+    if prompt.kind == "rows" and (norm := float(prompt.tensors["prompt_embeddings"].norm(dim=-1).max())) > max_norm:
+        return "norm_too_large", f"a row's norm is {norm:.3g}, this server allows {max_norm:.3g} (--max-prompt-norm)"
     return None
 
 

@@ -54,17 +54,19 @@ def load(
     dtype: str = "auto",
     device: str = "auto",
     base: str | None = None,
+    identity: Identity | None = None,
     prepare: bool = True,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """The checkpoint in `directory`, quantised to `level` on the way if it is dense and a level is given.
 
-    `dtype` is one of DTYPES or auto, `device` cpu, cuda, cuda:<i> or auto; `base` as in `identify`; `prepare`
+    `dtype` is one of DTYPES or auto, `device` cpu, cuda, cuda:<i> or auto; `base` as in `identify`; `identity` is what
+    `info` told of this directory, level and base, so that a checkpoint without a manifest is hashed once; `prepare`
     rearranges dense weights for faster products, at the price of a second copy of tied embeddings. Raises ModelError.
     """
     place = choose_device(device)
     target = Target(choose_dtype(dtype, place), place)
-    identity = identify(directory, level, base)
+    identity = identity or identify(directory, level, base)
     checkpoint = Checkpoint(directory)
     stored = stored_format(checkpoint)
     weights = stored if identity.at_load is None else format_at_load(checkpoint, identity.at_load)

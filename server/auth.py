@@ -24,7 +24,7 @@ logger = logging.getLogger("promptstitch.server")
 
 Access = Scope | Literal["public"]
 SCOPE_KEY = "x-scope"  # where a route names its scope, in its OpenAPI operation
-PUBLIC = frozenset({"/livez", "/readyz", "/health"})
+PUBLIC = frozenset({"/livez", "/readyz", "/startupz", "/health"})
 
 
 @dataclass(frozen=True, slots=True)

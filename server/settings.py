@@ -88,6 +88,9 @@ class Settings(BaseSettings):
     # The engine's.
     max_model_len: Count | None = Field(None, description="context in tokens, soft ones included")
     max_prompt_tokens: int = Field(512, ge=1, le=65_536, description="soft tokens that one prompt may have")
+    max_prompt_norm: float = Field(
+        1e4, gt=0, le=1e30, description="largest norm of a prompt's row, in largest norms of the embedding table's"
+    )
     kv_memory: ByteSize | None = Field(
         None, gt=0, description="bytes of the KV cache, else 2 GiB or 90 % of a GPU's rest"
     )

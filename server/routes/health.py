@@ -25,6 +25,14 @@ async def live(request: Request) -> Response:
     return Json({"status": "live" if well else "stalled"}, 200 if well else 503)
 
 
+@router.get("/startupz", **operation("public", {200: Success("the model is loaded", Health), **UNWELL}))
+async def started(request: Request) -> Response:
+    """Whether the model has been loaded and has spoken: what a probe waits for before it minds the others."""
+    host = services_of(request).host
+    done = host.phase not in (Phase.LOADING, Phase.FAILED)
+    return Json({"status": "started" if done else host.phase.value}, 200 if done else 503)
+
+
 @router.get("/readyz", **operation("public", {200: Success("takes requests", Health), **UNWELL}))
 @router.get("/health", **operation("public", {200: Success("the same as /readyz", Health), **UNWELL}))
 async def ready(request: Request) -> Response:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,9 +13,10 @@ import sys
 import httpx
 import pytest
 
-from cli.model import EMBEDDED, EMBEDDED_LEVEL, shipped_prompts, to_serve
+from cli.model import EMBEDDED, EMBEDDED_LEVEL, shipped_prompts, start_engine, to_serve
 from cli.options import flag
 from cli.serve import PANELS
+from llama import identity
 from prompts_store.file import read_prompt
 from server.settings import Settings, load_settings
 
@@ -149,11 +151,27 @@ def test_a_broken_checkpoint_ends_with_1(model, tmp_path, cli):
 
 
 def test_only_shipped_prompts_of_the_models_base_are_seeded(model, tmp_path):
-    settings = to_serve(load_settings(model=str(model)), lambda *_: None)
+    settings, _ = to_serve(load_settings(model=str(model)), lambda *_: None)
     assert (settings.level, settings.seed_prompts) == (None, ())
     own = tmp_path / "own"
     own.write_bytes(shipped_prompts()[0].read_bytes())
-    assert to_serve(load_settings(model=str(model), seed_prompts=[own]), lambda *_: None).seed_prompts == (own,)
+    chosen, _ = to_serve(load_settings(model=str(model), seed_prompts=[own]), lambda *_: None)
+    assert chosen.seed_prompts == (own,)
+
+
+@pytest.mark.parametrize("level", [None, "w4g32"])
+def test_a_checkpoint_without_a_manifest_is_hashed_once(model, level, tmp_path, monkeypatch):
+    """Three times it was: to know its base, to check the level, to load it."""
+    folder = shutil.copytree(model, tmp_path / "foreign")
+    (folder / "promptstitch.json").unlink()
+    hashed = []
+    digest = identity.weights_digest
+    monkeypatch.setattr(identity, "weights_digest", lambda folder: hashed.append(folder) or digest(folder))
+    chosen, told = to_serve(load_settings(model=str(folder), level=level, kv_memory="1MiB"), lambda *_: None)
+    engine = start_engine(chosen, told, lambda *_: None)
+    engine.close()
+    assert len(hashed) == 1
+    assert (engine.info.weights, engine.info.base) == (told.weights, told.base)
 
 
 def test_the_shipped_prompt_was_learned_at_the_level_that_is_served_by_default():

@@ -41,6 +41,7 @@ ACCESS = {
     ("DELETE", "/v1/keys/{key_id}"): "admin",
     ("GET", "/livez"): "public",
     ("GET", "/readyz"): "public",
+    ("GET", "/startupz"): "public",
     ("GET", "/health"): "public",
 }
 PARTS = {

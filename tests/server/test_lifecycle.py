@@ -64,7 +64,7 @@ def test_probes_while_the_model_is_loaded(tmp_path):
     with serving(tmp_path, engine_factory=factory, wait=False) as served:
         client = served.client
         assert client.get("/livez").json() == {"status": "live"}
-        for probe in ("/readyz", "/health"):
+        for probe in ("/readyz", "/startupz", "/health"):
             assert (client.get(probe).status_code, client.get(probe).json()) == (503, {"status": "loading"})
         for method, path, body in (
             ("POST", "/v1/generate", ASK),
@@ -79,6 +79,7 @@ def test_probes_while_the_model_is_loaded(tmp_path):
         gate.set()
         until(lambda: client.get("/readyz").status_code == 200)
         assert client.get("/health").json() == {"status": "ready"}
+        assert client.get("/startupz").json() == {"status": "started"}
 
 
 def test_ready_only_after_a_first_token(tmp_path):

@@ -13,10 +13,12 @@ import torch
 from support import tiny
 from support.drive import ask
 from support.served import begin, serving, until
+from support.uploads import upload
 
 from engine.engine import LocalEngine, ServedModel
 from engine.options import EngineOptions
-from prompts_store.file import PromptFile, Provenance
+from prompts_store.file import PromptFile, Provenance, encode_prompt
+from prompts_store.prompt import SoftPrompt
 
 PROMPT = tiny.rows(17, 64)
 LEAVING = 200 if os.environ.get("PROMPTSTITCH_FULL") == "1" else 24
@@ -151,3 +153,15 @@ def test_one_hangs_up_in_its_prefill(real, stream):
         if real.engine.stats().aborted.get("prefill", 0) > before:
             return
     raise AssertionError("no attempt met the prefill")
+
+
+@pytest.mark.parametrize(("times", "status"), [(0.99e4, 201), (1.01e4, 422)])
+def test_rows_beyond_all_measure_are_refused(real, times, status):
+    """At 10,000 times the largest row of the embedding table, so that no prompt can poison the numbers."""
+    table = tiny.reference().get_input_embeddings().weight.detach()
+    rows = torch.ones(1, 64) / 8 * float(table.norm(dim=-1).max()) * times
+    file = PromptFile(SoftPrompt("rows", tiny.BASE, {"prompt_embeddings": rows}), Provenance(level="dense"))
+    answer = upload(real, encode_prompt(file), status)
+    if status == 422:
+        assert answer.json()["error"]["code"] == "norm_too_large"
+        assert "--max-prompt-norm" in answer.json()["error"]["message"]
