@@ -21,7 +21,7 @@ EMBEDDED_AT_ONCE = 4096  # token ids
 def largest_norm(model: Llama) -> float:
     """The largest norm of a row of the embedding table: the scale of what the model is used to read."""
     ids = torch.arange(model.config.vocab_size, device=model.device)
-    return max(float(model.embed(part).float().norm(dim=-1).max()) for part in ids.split(EMBEDDED_AT_ONCE))
+    return max(float(model.embed(part).float().norm(dim=-1).max()) for part in torch.split(ids, EMBEDDED_AT_ONCE))
 
 
 def mismatch(
