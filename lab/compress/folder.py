@@ -55,6 +55,12 @@ class GrowingFolder:
             finally:
                 scratch.unlink(missing_ok=True)
 
+    def require(self, count: int) -> None:
+        """Raise RunError unless the first `count` shards are there, as a run that goes on believes."""
+        for number in range(count):
+            if not (self._growing / self._name(number)).is_file():
+                raise RunError(f"{self._growing} lacks {self._name(number)}; remove the run's folder to start anew")
+
     def finish(self, source: Path, config: Mapping[str, Any], seal: Callable[[str], Manifest]) -> Manifest:
         """Write all that is not tensors, some of it copied from `source`; then give the folder its name.
 

@@ -56,6 +56,7 @@ class Job:
         """
         state = run.load()
         done = state.values["done"] if state else 0
+        self.folder.require(done)
         hidden = state.tensors.get("hidden") if state else embedded
         walk = Walk(self.checkpoint.config, tokens.real, self.device) if tokens else None
         yield done

@@ -239,7 +239,7 @@ def test_orders_that_cannot_be_carried_out(compressed, dense, tmp_path):
 def test_inputs_that_are_not_finite_name_the_block(tmp_path, compressed):
     broken = model()
     with torch.no_grad():
-        broken.model.embed_tokens.weight[:] = torch.nan
+        broken.model.layers[0].input_layernorm.weight[:] = 1e30  # finite, but its square is not
     with pytest.raises(ModelError, match=r"block 0, qkv: the inputs of the layer are not finite"):
         compressed("w4g64", source=save(tmp_path / "broken", broken))
 
@@ -255,3 +255,6 @@ def test_a_job_stops_where_it_is_told(dense, tokens, tmp_path):
         assert [next(steps), next(steps)] == [0, 1]
     with open_run(tmp_path / "run", {}) as run:
         assert list(job.blocks(tokens, embedded, run)) == [1, 2, 3]
+    next((tmp_path / ".out.part").glob("model-00002*")).unlink()
+    with open_run(tmp_path / "run", {}) as run, pytest.raises(RunError, match=r"lacks model-00002.*start anew"):
+        next(job.blocks(tokens, embedded, run))
