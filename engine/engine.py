@@ -248,6 +248,8 @@ class LocalEngine:
             return  # it failed in this very step
         if ticket.done:
             events.append(self._finish(ticket))
+        if not events:
+            return  # a piece of a text whose scores are told once it is complete
         try:
             ticket.sink(events)
         except Exception:
