@@ -15,21 +15,29 @@ from cli.output import CommandError, Steps
 from cli.registry import Answer
 from engine.api import Engine, EngineError
 from engine.request import Event, GenerationRequest, RequestDone, RequestFailed, SamplingParams, TokenEvent
+from engine.score import ScoringFailed
 from prompts_store.prompt import SoftPrompt
 from prompts_store.reference import parse_reference
 from prompts_store.resolution import Query
 from prompts_store.store import PromptStore
 from server.finder import Stitch, served
+from server.golden import GoldenTests
 from server.seeds import seed
 from server.settings import Settings
 
 
 def answer(
-    settings: Settings, text: str, chat: bool, ref: str | None, sampling: Mapping[str, Any], steps: Steps
+    settings: Settings,
+    text: str,
+    chat: bool,
+    ref: str | None,
+    soft_tokens: int | None,
+    sampling: Mapping[str, Any],
+    steps: Steps,
 ) -> Iterator[Answer]:
     """`text` in each line, `prompt`, `usage` and `finish_reason` in the last. `sampling` as in SamplingParams.
 
-    Raises CommandError, StoreError, ModelError.
+    `soft_tokens`: use the first positions of the prompt alone. Raises CommandError, StoreError, ModelError.
     """
     query = None if ref is None else Query(parse_reference(ref), settings.resolution)
     params = SamplingParams(**{**sampling, "stop": tuple(sampling.get("stop", ()))})
@@ -37,8 +45,7 @@ def answer(
     with open_store(chosen) as store:
         engine = start_engine(chosen, identity, steps)
         try:
-            seed(store, engine, chosen)
-            stitch = None if query is None else _find(store, query, engine)
+            stitch = find_stitch(store, query, engine, chosen, soft_tokens)
             ids = _encode(engine, text, chat, stitch)
             for event in _events(engine, ids, stitch.prompt if stitch else None, params):
                 if isinstance(event, TokenEvent):
@@ -49,11 +56,27 @@ def answer(
             engine.close()
 
 
-def _find(store: PromptStore, query: Query, engine: Engine) -> Stitch | None:
-    resolved = store.resolve(query, served(engine.info))
-    if resolved.version is None:
-        return None
-    return Stitch(store.load(resolved.version.digest), resolved.version, resolved.resolution)
+def find_stitch(
+    store: PromptStore, query: Query | None, engine: Engine, settings: Settings, soft_tokens: int | None
+) -> Stitch | None:
+    """The prompt, tested as a server tests it. Raises CommandError, StoreError."""
+    golden = GoldenTests()
+    try:
+        seed(store, engine, settings, golden)
+        resolved = None if query is None else store.resolve(query, served(engine.info))
+        if resolved is None or resolved.version is None:
+            if soft_tokens is not None:
+                raise CommandError("--soft-tokens: no prompt stands in front of this text", usage=True)
+            return None
+        prompt = store.load(resolved.version.digest)
+        golden.check(engine, prompt, resolved.version)
+    except (EngineError, ScoringFailed) as error:
+        raise CommandError(f"the self-test of a prompt could not be run: {error}") from error
+    try:
+        prompt = prompt if soft_tokens is None else prompt.first(soft_tokens)
+    except ValueError as error:
+        raise CommandError(f"--soft-tokens: {error}", usage=True) from error
+    return Stitch(prompt, resolved.version, resolved.resolution)
 
 
 def _encode(engine: Engine, text: str, chat: bool, stitch: Stitch | None) -> list[int]:

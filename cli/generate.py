@@ -21,6 +21,16 @@ Task = Annotated[
     str | None,
     typer.Option("--task", metavar="REF", help="task, task@3, task:alias or task@sha256:…", rich_help_panel="Prompt"),
 ]
+SoftTokens = Annotated[
+    int | None,
+    typer.Option(
+        "--soft-tokens",
+        min=1,
+        metavar="N",
+        help="Use the first N positions of the prompt alone.",
+        rich_help_panel="Prompt",
+    ),
+]
 Chat = Annotated[bool, typer.Option("--chat", help="Ask it as a message, through the chat template.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0, max=2, help="0 is greedy; else 1.")]
@@ -33,6 +43,7 @@ Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this 
 def generate(
     text: Text,
     task: Task = None,
+    soft_tokens: SoftTokens = None,
     chat: Chat = False,
     max_tokens: MaxTokens = 128,
     temperature: Temperature = None,
@@ -61,7 +72,7 @@ def generate(
 
         settings = load_settings(config, **flags)
         with progress(quiet=as_json) as steps:
-            events = answer(settings, words, chat, task, sampling, steps)
+            events = answer(settings, words, chat, task, soft_tokens, sampling, steps)
             return _print(events, as_json)
     from cli.remote import RemoteRegistry, client
 
@@ -69,7 +80,7 @@ def generate(
     if given := [flag(name) for name, value in flags.items() if value is not None]:
         raise CommandError(f"{given[0]} is for a model loaded here; leave it out, or leave --url out", usage=True)
     body = {"messages": [{"role": "user", "content": words}]} if chat else {"text": words}
-    named = {"prompt": task, "resolution": resolution}
+    named = {"prompt": task, "resolution": resolution, "soft_tokens": soft_tokens}
     body |= sampling | {name: value for name, value in named.items() if value is not None}
     with client(url, key) as http:
         return _print(RemoteRegistry(http).generate(body), as_json)

@@ -16,9 +16,10 @@ from prompts_store.errors import StoreLocked
 from prompts_store.file import Limits, read_prompt
 from prompts_store.peft import read_peft
 from prompts_store.prompt import Bos
-from prompts_store.records import Page, Scope
+from prompts_store.records import Page, Scope, Version
 from prompts_store.store import PromptStore
-from server.schemas.registry import show_alias, show_key, show_task, show_version
+from server.golden import GoldenTests
+from server.schemas.registry import show_alias, show_key, show_measurement, show_task, show_version
 from server.settings import Settings
 
 PAGE = 1000
@@ -49,7 +50,7 @@ class LocalRegistry:
         return [show_task(item) for item in _all(self._store.versions.tasks, level=level, base=base)]
 
     def task(self, task: str, level: str | None, base: str | None) -> Task:
-        versions = [show_version(item) for item in _all(self._store.versions.list, task, level=level, base=base)]
+        versions = [_shown(item) for item in _all(self._store.versions.list, task, level=level, base=base)]
         aliases = [show_alias(item) for item in _all(self._store.aliases.list, task, level=level, base=base)]
         return Task(versions, aliases)
 
@@ -61,7 +62,7 @@ class LocalRegistry:
             config = source.config.read_bytes()
             file = read_peft(config, source.weights, limits, default_base=limits.base, bos=place)
         version, new = self._store.push(file, task, level)
-        return {**show_version(version), "base_bound": file.bound, "new": new}
+        return {**_shown(version), "base_bound": file.bound, "new": new}
 
     def content(self, task: str, version: int) -> bytes:
         return self._store.content(task, version)
@@ -69,7 +70,10 @@ class LocalRegistry:
     def delete(self, task: str, version: int) -> None:
         self._store.delete(task, version)
 
-    def put_alias(self, task: str, alias: str, version: int) -> Answer:
+    def put_alias(self, task: str, alias: str, version: int, gain: bool = False) -> Answer:
+        if gain:
+            message = "--require-gain asks which weights are served, and a local store serves none: say --url"
+            raise CommandError(message, usage=True)
         target = self._store.versions.get(task, version)
         known = _all(self._store.aliases.list, task, base=target.base, level=target.level)
         expected = ANY_REVISION if any(item.name == alias for item in known) else None
@@ -78,6 +82,9 @@ class LocalRegistry:
 
     def delete_alias(self, alias: Answer) -> None:
         self._store.aliases.delete(alias["task"], alias["alias"], base=alias["base"], level=alias["level"])
+
+    def measurements(self, task: str, version: int) -> list[Answer]:
+        return [show_measurement(item) for item in _all(self._store.measurements.list, task, version)]
 
     def create_key(self, name: str, scopes: Sequence[str]) -> Answer:
         key, secret = self._store.keys.create(name, cast(Sequence[Scope], scopes))
@@ -105,6 +112,11 @@ def limits_of(model: str | None) -> Limits:
         num_kv_heads=told.config.num_kv_heads,
         head_dim=told.config.head_dim,
     )
+
+
+def _shown(version: Version) -> Answer:
+    """Its self-test is not run: there is no engine beside a local store."""
+    return show_version(version, GoldenTests().told(version, None))
 
 
 def _all(page_of: Callable[..., Page[Any]], *args: Any, **query: Any) -> Iterator[Any]:

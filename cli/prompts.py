@@ -30,6 +30,7 @@ Binding = Annotated[
     typer.Option("--model", help="Model to bind a file that names no base to (a server binds to its own)."),
 ]
 TASKS = ("task", "versions", "latest", "levels", "updated_at")
+MEASUREMENTS = ("metric", "value", "split", "gain", "gain_low", "gain_high", "served_level", "scored_tokens", "dataset")
 VERSIONS = ("version", "level", "digest", "kind", "num_virtual_tokens", "aliases", "uploaded_at", "uploaded_by")
 
 
@@ -69,6 +70,24 @@ def show(
         version = pick(registry, ref, level, base)
         aliases = registry.task(version["task"], level, base).aliases
     tell({**version, "aliases": _aliases(version, aliases)}, as_json)
+
+
+@app.command()
+def measurements(
+    ref: Ref,
+    level: OnlyLevel = None,
+    base: OnlyBase = None,
+    url: Url = None,
+    key: Key = None,
+    store: Store = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """List what was measured of a version, oldest first."""
+    with open_registry(url, key, store, config) as registry:
+        version = pick(registry, ref, level, base)
+        found = registry.measurements(version["task"], version["version"])
+    tell_list(found, MEASUREMENTS, as_json, f"{version['task']}@{version['version']} was never measured")
 
 
 @app.command()
@@ -126,6 +145,9 @@ def pull(
 def alias(
     ref: Ref,
     name: Annotated[str, typer.Argument(help="`default` is what the bare task name means.")],
+    require_gain: Annotated[
+        bool, typer.Option("--require-gain", help="Only if a gain was measured on the weights that are served.")
+    ] = False,
     level: OnlyLevel = None,
     base: OnlyBase = None,
     url: Url = None,
@@ -137,7 +159,7 @@ def alias(
     """Point an alias at a version, within that version's level."""
     with open_registry(url, key, store, config) as registry:
         version = pick(registry, ref, level, base)
-        put = registry.put_alias(version["task"], name, version["version"])
+        put = registry.put_alias(version["task"], name, version["version"], require_gain)
     if as_json:
         return tell_json(put)
     verb = "new alias" if put["new"] else "moved"

@@ -47,11 +47,14 @@ class Registry(Protocol):
         """The prompt file."""
 
     def delete(self, task: str, version: int) -> None: ...
-    def put_alias(self, task: str, alias: str, version: int) -> Answer:
-        """Wherever it pointed before: whoever types the command has decided."""
+    def put_alias(self, task: str, alias: str, version: int, gain: bool = False) -> Answer:
+        """Wherever it pointed before: whoever types the command has decided. `gain`: only if one was measured."""
 
     def delete_alias(self, alias: Answer) -> None:
         """`alias` as it was listed."""
+
+    def measurements(self, task: str, version: int) -> list[Answer]:
+        """Oldest first."""
 
     def create_key(self, name: str, scopes: Sequence[str]) -> Answer:
         """With the `secret`, which is told this once."""

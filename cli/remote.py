@@ -68,16 +68,21 @@ class RemoteRegistry:
     def delete(self, task: str, version: int) -> None:
         self._call("DELETE", f"/v1/prompts/{_part(task)}/versions/{version}")
 
-    def put_alias(self, task: str, alias: str, version: int) -> Answer:
+    def put_alias(self, task: str, alias: str, version: int, gain: bool = False) -> Answer:
         path, body = f"/v1/prompts/{_part(task)}/aliases/{_part(alias)}", {"version": version}
-        response = self._send("PUT", path, json=body)
+        query = {"require": "gain"} if gain else {}
+        response = self._send("PUT", path, json=body, params=query)
         if response.status_code == HTTPStatus.PRECONDITION_REQUIRED:  # it exists, and points elsewhere
-            response = self._send("PUT", path, json=body, headers={"If-Match": "*"})
+            response = self._send("PUT", path, json=body, params=query, headers={"If-Match": "*"})
         return {**checked(response).json(), "new": response.status_code == HTTPStatus.CREATED}
 
     def delete_alias(self, alias: Answer) -> None:
         path = f"/v1/prompts/{_part(alias['task'])}/aliases/{_part(alias['alias'])}"
         self._call("DELETE", path, params={"level": alias["level"]})
+
+    def measurements(self, task: str, version: int) -> list[Answer]:
+        pages = self._pages(f"/v1/prompts/{_part(task)}/versions/{version}/measurements")
+        return [item for page in pages for item in page["data"]]
 
     def create_key(self, name: str, scopes: Sequence[str]) -> Answer:
         answer: Answer = self._call("POST", "/v1/keys", json={"name": name, "scopes": list(scopes)}).json()

@@ -21,6 +21,7 @@ from server import errors
 from server.auth import allowed_hosts, authorise, check_exposure, scope_of
 from server.bridge import Bridge
 from server.finder import PromptFinder
+from server.golden import GoldenTests
 from server.host import EngineHost
 from server.keyring import KeyRing
 from server.metrics import Metrics
@@ -78,10 +79,11 @@ def create_app(
     check_exposure(settings, store)
     metrics = Metrics()
     host = EngineHost(settings, metrics)
+    golden = GoldenTests(lambda result: metrics.golden_tests.labels(result).inc())
 
     def load() -> Engine:
         engine = engine_factory(settings)
-        seed(store, engine, settings)
+        seed(store, engine, settings, golden)
         return engine
 
     @asynccontextmanager
@@ -93,7 +95,8 @@ def create_app(
             store=store,
             registry=registry,
             host=host,
-            finder=PromptFinder(store, registry, settings.prompt_cache),
+            finder=PromptFinder(store, registry, golden, settings.prompt_cache),
+            golden=golden,
             keys=KeyRing(store, registry),
             bridge=Bridge(asyncio.get_running_loop()),
             metrics=metrics,

@@ -23,6 +23,7 @@ from starlette.routing import Match
 
 from engine import api as engine_api
 from engine.request import RequestFailed
+from engine.score import ScoringFailed
 from prompts_store import errors as store_errors
 from server.exchange import exchange_of
 
@@ -104,6 +105,7 @@ RULES: Mapping[type[Exception], Rule] = {
     store_errors.PreconditionRequired: Rule(428, param="If-Match"),
     store_errors.PreconditionFailed: Rule(412, param="If-Match"),
     store_errors.CorruptBlob: Rule(500, extra={"retry": False}),
+    store_errors.GoldenMismatch: Rule(500, extra={"retry": False}),
     store_errors.StorageFull: Rule(507),
     store_errors.StoreError: Rule(500),
     engine_api.InvalidRequest: Rule(400),
@@ -122,6 +124,8 @@ def translate(error: Exception) -> ApiError:
     """The ApiError of any error. What is not in the table is a 500 that tells nothing."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, ScoringFailed):
+        return failed(error.event)
     for kind in type(error).__mro__:
         if rule := RULES.get(kind):
             own: str = getattr(error, "code", "invalid_value")
@@ -189,6 +193,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ApiError, answer)
     app.add_exception_handler(store_errors.StoreError, answer)
     app.add_exception_handler(engine_api.EngineError, answer)
+    app.add_exception_handler(ScoringFailed, answer)
     app.add_exception_handler(RequestValidationError, refuse)
     app.add_exception_handler(HTTPException, unrouted)
 

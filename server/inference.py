@@ -43,12 +43,13 @@ class Inputs:
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """How to generate, the same for every text. `timeout` in seconds."""
+    """How to generate, the same for every text. `timeout` in seconds; `soft_tokens`: of the prompt, None for all."""
 
     sampling: SamplingParams
     n: int
     timeout: float | None
     streaming: bool
+    soft_tokens: int | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ async def begin(request: Request, find: Find, inputs: Inputs, asked: Asked) -> B
     caller = caller_of(request)
     with ExitStack() as stack:
         engine = stack.enter_context(services.host.place(caller.key_id))
-        stitch = await find(services, engine)
+        stitch = _shortened(services, await find(services, engine), asked.soft_tokens)
         if stitch is not None:
             exchange.task, exchange.prompt_digest = stitch.version.task, stitch.version.digest
         texts = await tokenise(engine.tokenizer, inputs, stitch.prompt.bos if stitch else "tokenizer")
@@ -115,6 +116,18 @@ async def begin(request: Request, find: Find, inputs: Inputs, asked: Asked) -> B
         )
     _start(generation, services, inputs.param, asked.streaming)
     return Begun(generation, engine, stitch, texts, name)
+
+
+def _shortened(services: Services, stitch: Stitch | None, soft_tokens: int | None) -> Stitch | None:
+    """As much of the prompt as was asked for. Raises ApiError 400."""
+    if soft_tokens is None:
+        return stitch
+    try:
+        if stitch is None:
+            raise ValueError("no prompt stands in front of this text, so there is none to use a part of")
+        return services.finder.shorten(stitch, soft_tokens)
+    except ValueError as error:
+        raise ApiError(400, "invalid_value", f"soft_tokens: {error}", param="/soft_tokens") from error
 
 
 def _start(generation: Generation, services: Services, param: str, streaming: bool) -> None:
@@ -148,7 +161,7 @@ async def begin_openai(request: Request, model: str, policy: Policy | None, inpu
     async def find(services: Services, engine: Engine) -> Stitch | None:
         query = query_of_model(services, model, policy)
         try:
-            return None if query is None else await services.finder.find(query, engine.info)
+            return None if query is None else await services.finder.find(query, engine)
         except NotFound as error:
             raise unknown_model(services, model, error) from error
 

@@ -84,6 +84,7 @@ class Metrics:
         self.uploads = self._counter("uploads", "Uploaded prompts.", ["result", "code"])
         self.upload_bytes = self._counter("upload_bytes", "Bytes of accepted uploads.", [])
         self.upload_duration = self._histogram("upload_duration_seconds", "First byte to answer.", SECONDS, [])
+        self.golden_tests = self._counter("golden_tests", "Self-tests of prompts run.", ["result"])
         self.store_duration = self._histogram(
             "registry_op_duration_seconds", "Calls of the registry.", OPERATION, ["op", "backend"]
         )

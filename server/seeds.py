@@ -8,16 +8,17 @@ from engine.api import Engine
 from prompts_store.errors import InvalidArtifact
 from prompts_store.file import read_prompt
 from prompts_store.store import PromptStore
+from server.golden import GoldenTests
 from server.settings import Settings
 from server.uploads import limits_of
 
 logger = logging.getLogger("promptstitch.server")
 
 
-def seed(store: PromptStore, engine: Engine, settings: Settings) -> None:
+def seed(store: PromptStore, engine: Engine, settings: Settings, golden: GoldenTests) -> None:
     """Put the seed prompts into a registry that never held one. One of another base is passed over, and said so.
 
-    Raises InvalidArtifact for a file that no server could take.
+    Raises InvalidArtifact for a file that no server could take, or whose self-test fails on the weights served here.
     """
     if store.stats().versions:
         return
@@ -30,6 +31,7 @@ def seed(store: PromptStore, engine: Engine, settings: Settings) -> None:
                 raise
             logger.warning("seed prompt %s is for another base model and is left out", path.name)
             continue
+        golden.accept(engine, file)
         task = file.provenance.task
         if task is None:
             raise InvalidArtifact("task_unknown", f"seed prompt {path.name} names no task", "task")

@@ -10,6 +10,7 @@ from fastapi import Request
 from prompts_store.store import PromptStore
 from server.bridge import Bridge
 from server.finder import PromptFinder
+from server.golden import GoldenTests
 from server.host import EngineHost
 from server.keyring import KeyRing
 from server.metrics import Metrics
@@ -26,6 +27,7 @@ class Services:
     registry: Registry
     host: EngineHost
     finder: PromptFinder
+    golden: GoldenTests
     keys: KeyRing
     bridge: Bridge
     metrics: Metrics

@@ -30,6 +30,7 @@ from prompts_store.peft import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, read
 from prompts_store.prompt import Bos
 from server.bodies import chunks, media_type
 from server.errors import ApiError
+from server.golden import GoldenTests
 from server.settings import Settings
 
 WRITE_BYTES = 1 << 20  # written at once, in a thread
@@ -48,8 +49,11 @@ class Upload:
     sha256: str
     size: int
 
-    def read(self, engine: Engine, settings: Settings, bos: Bos | None) -> PromptFile:
-        """The prompt, if this engine can serve it. Blocks. Raises InvalidArtifact."""
+    def read(self, engine: Engine, settings: Settings, golden: GoldenTests, bos: Bos | None) -> PromptFile:
+        """The prompt, if this engine can serve it and its self-test passes.
+
+        Blocks. Raises InvalidArtifact, EngineError, ScoringFailed.
+        """
         info = engine.info
         limits = limits_of(info, settings)
         if self.config is None:
@@ -60,6 +64,7 @@ class Upload:
             engine.check_prompt(file.prompt)
         except InvalidRequest as error:
             raise InvalidArtifact(error.code, str(error), error.field) from error
+        golden.accept(engine, file)
         return file
 
 

@@ -60,7 +60,7 @@ def chat_inputs(messages: Sequence[Message]) -> Inputs:
 
 def _asked(request: Request, body: ChatBody) -> Asked:
     sampling = body.params(default_max_tokens(request), logprobs=body.alternatives)
-    return Asked(sampling, body.choices, body.timeout, bool(body.stream))
+    return Asked(sampling, body.choices, body.timeout, bool(body.stream), body.soft_tokens)
 
 
 def default_max_tokens(request: Request) -> int | None:

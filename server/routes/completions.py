@@ -61,7 +61,7 @@ def _inputs(body: CompletionBody) -> Inputs:
 def _asked(body: CompletionBody) -> Asked:
     prompt_logprobs = body.logprobs if body.echo else None
     sampling = body.params(DEFAULT_MAX_TOKENS, logprobs=body.logprobs, prompt_logprobs=prompt_logprobs)
-    return Asked(sampling, body.choices, body.timeout, bool(body.stream))
+    return Asked(sampling, body.choices, body.timeout, bool(body.stream), body.soft_tokens)
 
 
 class Shape:

@@ -47,10 +47,10 @@ async def generate(request: Request, body: Annotated[GenerateBody, Depends(JsonB
         if reference is None:
             return None
         policy = body.resolution or services.settings.resolution
-        return await services.finder.find(Query(reference, policy), engine.info)
+        return await services.finder.find(Query(reference, policy), engine)
 
     sampling = body.params(default_max_tokens(request), logprobs=body.logprobs)
-    asked = Asked(sampling, body.choices, body.timeout, bool(body.stream))
+    asked = Asked(sampling, body.choices, body.timeout, bool(body.stream), body.soft_tokens)
     begun = await begin(request, find, _inputs(body), asked)
     shape = Shape(body, begun)
     if body.stream:

@@ -38,7 +38,7 @@ async def list_models(request: Request) -> Response:
 
 @router.get(
     "/v1/models/{model:path}",
-    **operation("infer", {200: Success("the model", ModelAnswer)}, 404, 409, 410, 503),
+    **operation("infer", {200: Success("the model", ModelAnswer)}, 404, 409, 410, 503, 504),
 )
 async def show(request: Request, model: ModelId) -> Response:
     """One of them, or `task@3`, `task@sha256:…`. Says which prompt it stands for now."""
@@ -48,7 +48,7 @@ async def show(request: Request, model: ModelId) -> Response:
     if query is None:
         return Json(_model(services, info, base, services.created, None))
     try:
-        stitch = await services.finder.find(query, info)
+        stitch = await services.finder.find(query, services.host.engine)
     except NotFound as error:
         raise unknown_model(services, model, error) from error
     created = _unix(stitch.version.uploaded_at) if stitch else services.created

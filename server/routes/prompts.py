@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
 from starlette.responses import Response
@@ -46,7 +46,7 @@ UPLOAD = operation(
         201: Success("a new version", UploadAnswer, CREATED),
         200: Success("it was one already", UploadAnswer, CREATED),
     },
-    *(408, 409, 413, 415, 422, 503, 507),
+    *(408, 409, 413, 415, 422, 503, 504, 507),
 )
 UPLOAD["openapi_extra"] |= {
     "requestBody": {
@@ -99,9 +99,9 @@ async def _push(request: Request, body: Upload, task: str, level: str | None, bo
     """Judge the file and store it."""
     services = services_of(request)
     registry, actor = services.registry, caller_of(request).actor
-    file = await registry.read("read", body.read, services.host.engine, services.settings, bos)
+    file = await registry.read("read", body.read, services.host.engine, services.settings, services.golden, bos)
     version, new = await registry.change("push", services.store.push, file, task, level, by=actor)
-    return (201 if new else 200), {**show_version(version), "base_bound": file.bound}
+    return (201 if new else 200), {**_shown(services, version), "base_bound": file.bound}
 
 
 @router.get("/v1/prompts", **operation("prompts:read", {200: Success("tasks with prompts", Listing[TaskAnswer])}))
@@ -137,7 +137,7 @@ async def show(
     aliases = await services.registry.read(
         "aliases", services.store.aliases.list, task, limit=MAX_PAGE, level=level, base=base
     )
-    shown = listing(page, [show_version(version) for version in page.items])
+    shown = listing(page, [_shown(services, version) for version in page.items])
     return Json({**shown, "task": task, "aliases": [show_alias(alias) for alias in aliases.items]})
 
 
@@ -148,8 +148,9 @@ TAGS = {"ETag": "the digest", "X-Prompt-Digest": "the digest"}
 @router.get(VERSION, **operation("prompts:read", {200: Success("the version", VersionAnswer, TAGS)}, 404, 410))
 async def show_one(request: Request, task: Task, version: Number) -> Response:
     """One version."""
-    found = await _get(services_of(request), task, version)
-    return Json(show_version(found), headers=_tags(found.digest))
+    services = services_of(request)
+    found = await _get(services, task, version)
+    return Json(_shown(services, found), headers=_tags(found.digest))
 
 
 @router.get(
@@ -195,6 +196,12 @@ async def delete(request: Request, task: Task, version: Number) -> Response:
 
 async def _get(services: Services, task: str, version: int) -> Version:
     return await services.registry.read("version", services.store.versions.get, task, version)
+
+
+def _shown(services: Services, version: Version) -> dict[str, Any]:
+    """A VersionAnswer."""
+    engine = services.host.loaded
+    return show_version(version, services.golden.told(version, engine.info if engine else None))
 
 
 def _tags(digest: str) -> dict[str, str]:

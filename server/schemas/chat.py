@@ -6,7 +6,17 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from server.schemas.common import Answer, Messages, ModelName, Policy, StitchedPrompt, Usage, example, refuse
+from server.schemas.common import (
+    Answer,
+    Messages,
+    ModelName,
+    Policy,
+    SoftTokens,
+    StitchedPrompt,
+    Usage,
+    example,
+    refuse,
+)
 from server.schemas.sampling import ChatNeutralFields, OpenAIFields, SamplingFields, VllmNeutralFields
 
 
@@ -18,6 +28,7 @@ class ChatBody(SamplingFields, OpenAIFields, ChatNeutralFields, VllmNeutralField
     model: ModelName
     messages: Messages
     resolution: Policy | None = None
+    soft_tokens: SoftTokens | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

@@ -24,6 +24,10 @@ MAX_REFERENCE = MAX_NAME * 2 + 1
 T = TypeVar("T")
 Policy = Literal["exact", "transfer", "optional", "none"]
 
+SoftTokens = Annotated[
+    int, Field(ge=1, le=1_000_000, description="use the first positions of the prompt alone, so many of them")
+]
+
 
 class Body(BaseModel):
     """A request body: nothing unknown, nothing coerced, nothing infinite."""

@@ -12,6 +12,7 @@ from server.schemas.common import (
     Answer,
     ModelName,
     Policy,
+    SoftTokens,
     StitchedPrompt,
     Text,
     TokenIds,
@@ -48,6 +49,7 @@ class CompletionBody(SamplingFields, OpenAIFields, CompletionNeutralFields, Vllm
     model: ModelName
     prompt: Input
     resolution: Policy | None = None
+    soft_tokens: SoftTokens | None = None
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 

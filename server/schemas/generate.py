@@ -6,7 +6,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from server.schemas.common import MAX_REFERENCE, Answer, Messages, Policy, StitchedPrompt, Text, example, refuse
+from server.schemas.common import (
+    MAX_REFERENCE,
+    Answer,
+    Messages,
+    Policy,
+    SoftTokens,
+    StitchedPrompt,
+    Text,
+    example,
+    refuse,
+)
 from server.schemas.sampling import SamplingFields
 
 Named = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
@@ -22,6 +32,7 @@ class GenerateBody(SamplingFields):
     task: Named | None = None
     prompt: Annotated[Named, Field(description="task, task@3, task:alias or task@sha256:…")] | None = None
     resolution: Policy | None = None
+    soft_tokens: SoftTokens | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
 
     @model_validator(mode="after")
@@ -30,6 +41,8 @@ class GenerateBody(SamplingFields):
             raise refuse("/text", "give the input as text or as messages, one of them")
         if self.resolution is not None and self.task is None and self.prompt is None:
             raise refuse("/resolution", "resolution says how to find a task's prompt: name the task, too")
+        if self.soft_tokens is not None and self.task is None and self.prompt is None:
+            raise refuse("/soft_tokens", "soft_tokens says how much of a task's prompt to use: name the task, too")
         return self
 
 

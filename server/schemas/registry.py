@@ -44,6 +44,15 @@ class Listing(Answer, Generic[T]):
     next: str | None
 
 
+class GoldenAnswer(Answer):
+    """A self-test on the weights that the prompt was learned through, in nats per token. `not_checked`: why, if so."""
+
+    expected: float
+    found: float | None
+    ok: bool | None
+    not_checked: str | None
+
+
 class VersionAnswer(Answer):
     """One version. `level` is what it was learned at, `weights` what through."""
 
@@ -63,6 +72,7 @@ class VersionAnswer(Answer):
     size: int
     uploaded_at: str
     uploaded_by: str
+    golden: GoldenAnswer | None
 
 
 class UploadAnswer(VersionAnswer):
@@ -114,7 +124,7 @@ class MeasurementBody(Body):
     metric: Word
     value: float
     dataset: Digest
-    split: Annotated[Word, Field(description="resolution reads `select`, which is meant if none is given")] | None = None
+    split: Annotated[Word, Field(description="resolution reads `select`, also if none is given")] | None = None
     served_level: Annotated[str, Field(pattern=LEVEL_PATTERN)]
     served_weights: Digest | None = None
     scored_tokens: Annotated[int, Field(ge=1, le=2**53)] | None = None
@@ -167,10 +177,11 @@ def listing(page: Page[Any], shown: list[dict[str, Any]]) -> dict[str, Any]:
     return {"object": "list", "data": shown, "has_more": page.next is not None, "next": page.next}
 
 
-def show_version(version: Version) -> dict[str, Any]:
-    """A VersionAnswer."""
-    shown = {name: value for name, value in asdict(version).items() if name not in ("shape", "deleted_at")}
-    return {**shown, "num_virtual_tokens": version.num_virtual_tokens, "hidden_size": version.hidden_size}
+def show_version(version: Version, golden: dict[str, Any] | None) -> dict[str, Any]:
+    """A VersionAnswer; `golden` is a GoldenAnswer."""
+    shown = {name: value for name, value in asdict(version).items() if name not in ("shape", "deleted_at", "golden")}
+    size = {"num_virtual_tokens": version.num_virtual_tokens, "hidden_size": version.hidden_size}
+    return {**shown, **size, "golden": golden}
 
 
 def show_task(summary: TaskSummary) -> dict[str, Any]:

@@ -57,6 +57,25 @@ def test_a_server_answers_with_the_stitched_prompt(answer, cli, tmp_path):
         assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
 
 
+def test_a_part_of_a_prompt(answer, cli, model, local, tmp_path):
+    """By a server and without one the same words."""
+    with serving(tmp_path / "served", prepare=stock) as served:
+        told = answer("generate", "Hi", "--task", "haiku", "--soft-tokens", 3, "--max-tokens", 2, "--url", served.url)
+        assert told["usage"]["soft_tokens"] == 3
+        refused = cli("generate", "Hi", "--task", "haiku", "--soft-tokens", 5, "--url", served.url)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+    answer("prompts", "from-text", "be brief", "--model", model, "--task", "brief", "--store", tmp_path / "store")
+    greedy = ("--task", "brief", "--temperature", 0, "--max-tokens", 8)
+    texts = {n: answer("generate", "Hi", "--soft-tokens", n, *greedy, *local)["text"] for n in (2, 8)}
+    assert texts[8] == answer("generate", "Hi", *greedy, *local)["text"] != texts[2]
+    answer("prompts", "from-text", "be", "--model", model, "--task", "be", "--store", tmp_path / "store")
+    assert texts[2] == answer("generate", "Hi", "--task", "be", *greedy[2:], *local)["text"]
+    for bad in (("--soft-tokens", 9, "--task", "brief"), ("--soft-tokens", 1)):
+        refused = cli("generate", "Hi", *bad, *local)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
+        assert "--soft-tokens" in refused.stderr
+
+
 def test_a_cache_too_small_names_the_option(cli, local):
     refused = cli("generate", "Hi", *local[:-1], "1KiB")
     assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)

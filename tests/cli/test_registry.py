@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import httpx
 import pytest
+from support.fake_engine import LEVEL, WEIGHTS
 from support.served import prompt_file, serving
 
 from prompts_store.file import PromptFile, Provenance, encode_prompt, read_prompt
+from prompts_store.records import Measurement
 from prompts_store.store import PromptStore
 
 
@@ -169,3 +171,38 @@ def test_where_nothing_listens_the_message_names_url(cli, unused_tcp_port):
 def test_store_and_url_together_are_a_usage_error(cli, tmp_path):
     both = cli("prompts", "list", "--store", tmp_path, "--url", "http://127.0.0.1:1")
     assert both.exit_code == 2
+
+
+def test_what_was_measured_is_listed(answer, cli, prompt, tmp_path):
+    with serving(tmp_path / "store") as served:
+        place = ("--url", served.url)
+        answer("prompts", "push", prompt(1), "--task", "haiku", *place)
+        assert cli("prompts", "measurements", "haiku", *place).stdout == "haiku@1 was never measured\n"
+        gain = {"gain": 0.25, "gain_low": 0.125, "gain_high": 0.5}
+        measured = Measurement("perplexity", 9.5, "sha256:" + "cd" * 32, "report", LEVEL, WEIGHTS, 1000, *gain.values())
+        served.store.measurements.add("haiku", 1, measured)
+        (listed,) = answer("prompts", "measurements", "haiku@1", *place)["data"]
+        assert {name: listed[name] for name in gain} == gain
+        assert "0.125" in cli("prompts", "measurements", "haiku", *place).stdout
+    (local,) = answer("prompts", "measurements", "haiku", "--store", tmp_path / "store")["data"]
+    assert local == listed
+
+
+def test_an_alias_may_require_a_gain_of_what_a_server_serves(answer, cli, prompt, tmp_path):
+    with serving(tmp_path / "store") as served:
+        place = ("--require-gain", "--url", served.url)
+        for seed in (1, 2):
+            answer("prompts", "push", prompt(seed), "--task", "haiku", *place[1:])
+        refused = cli("prompts", "alias", "haiku@1", "best", *place)
+        assert (refused.exit_code, refused.stderr.count("\n")) == (1, 1)
+        assert "promptstitch evaluate" in refused.stderr
+        for version in (1, 2):
+            served.store.measurements.add(
+                "haiku",
+                version,
+                Measurement("kl", 0.5, "sha256:" + "cd" * 32, "report", LEVEL, WEIGHTS, 1000, 0.25, 0.125, 0.5),
+            )
+            assert answer("prompts", "alias", f"haiku@{version}", "best", *place)["version"] == version
+    refused = cli("prompts", "alias", "haiku@1", "best", "--require-gain", "--store", tmp_path / "store")
+    assert refused.exit_code == 2
+    assert "--url" in refused.stderr

@@ -34,6 +34,7 @@ EXPECTED = {
     store_errors.PreconditionRequired: (428, "precondition_required"),
     store_errors.PreconditionFailed: (412, "precondition_failed"),
     store_errors.CorruptBlob: (500, "corrupt_blob"),
+    store_errors.GoldenMismatch: (500, "golden_mismatch"),
     store_errors.StorageFull: (507, "storage_full"),
     engine_api.InvalidRequest: (400, "invalid_value"),
     engine_api.ContextTooLong: (400, "context_length_exceeded"),
