@@ -15,6 +15,7 @@ from cli.registry import Source, open_registry, pick
 
 if TYPE_CHECKING:
     from prompts_store.file import PromptFile
+    from prompts_store.prefix_tuning import Turn
 
 Out = Annotated[
     Path | None, typer.Option("--out", metavar="FILE", help="Write a prompt file instead of pushing to a registry.")
@@ -70,19 +71,26 @@ def import_peft(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Bring in a PEFT adapter (PROMPT_TUNING, P_TUNING), its rows bit for bit."""
-    from prompts_store.peft import CONFIG_NAME, WEIGHTS_NAME
+    """Bring in a PEFT adapter: PROMPT_TUNING and P_TUNING bit for bit, PREFIX_TUNING with its rotation undone."""
+    from prompts_store.file import write_prompt
+    from prompts_store.peft import CONFIG_NAME, WEIGHTS_NAME, holds_prefix, read_config
 
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             hint = "; save the adapter with safe_serialization=True" if name == WEIGHTS_NAME else ""
             raise CommandError(f"{directory} holds no {name}{hint}")
+    prefix = holds_prefix(read_config(directory))
+    if prefix and model is None:
+        raise CommandError("PREFIX_TUNING holds keys after RoPE; say --model, the one it was learned on", usage=True)
     if out is not None:
         return _save(_adapter(directory, task, level, bos, model), out, force, as_json)
     if task is None:
         raise CommandError("an adapter names no task; say --task, or --out to write a file", usage=True)
-    with open_registry(url, key, store, config, model) as registry:
+    with open_registry(url, key, store, config, model) as registry, tempfile.TemporaryDirectory() as scratch:
         source = Source(directory / WEIGHTS_NAME, directory / CONFIG_NAME)
+        if prefix:
+            source = Source(Path(scratch) / "prompt.safetensors")
+            write_prompt(source.weights, _adapter(directory, task, level, bos, model))
         return tell_pushed(registry.push(source, task, level, bos), as_json)
 
 
@@ -93,6 +101,9 @@ def export_peft(
         str | None,
         typer.Option("--base-model", help="Name or path of the dense model, for AutoPeftModel; else its fingerprint."),
     ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", help="For a kv prompt: its base, a folder or a name that was pulled.")
+    ] = None,
     force: Force = False,
     level: OnlyLevel = None,
     base: OnlyBase = None,
@@ -102,7 +113,7 @@ def export_peft(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write a prompt as a PEFT adapter that `PeftModel.from_pretrained` loads."""
+    """Write a prompt as a PEFT adapter: PROMPT_TUNING, or PREFIX_TUNING for a kv prompt."""
     from prompts_store.file import read_prompt
     from prompts_store.peft import WEIGHTS_NAME, write_peft
 
@@ -113,9 +124,8 @@ def export_peft(
         with open_registry(url, key, store, config) as registry:
             version = pick(registry, ref, level, base)
             file = read_prompt(registry.content(version["task"], version["version"]))
-    if file.prompt.kind != "rows":
-        raise CommandError(f"{ref} is a kv prompt; PEFT's PROMPT_TUNING holds rows, so it cannot be exported to it")
-    write_peft(to, file, base_model=base_model or file.prompt.base)
+    rotate = _rotate_for(ref, file, model) if file.prompt.kind == "kv" else None
+    write_peft(to, file, base_model=base_model or file.prompt.base, rotate=rotate)
     tell({"folder": str(to), **_described(file)}, as_json)
 
 
@@ -134,9 +144,29 @@ def _adapter(directory: Path, task: str | None, level: str | None, bos: Any, mod
     from prompts_store.peft import read_peft_directory
 
     limits = limits_of(model)
-    file = read_peft_directory(directory, limits, default_base=limits.base, bos=bos)
+    unrotate = None
+    if model is not None:
+        from cli.model import find_model
+        from cli.prefix import turns
+
+        _, unrotate = turns(find_model(model))
+    file = read_peft_directory(directory, limits, default_base=limits.base, bos=bos, unrotate=unrotate)
     origin = file.provenance
     return replace(file, provenance=replace(origin, task=task or origin.task, level=level or origin.level))
+
+
+def _rotate_for(ref: str, file: PromptFile, model: str | None) -> Turn:
+    """How this model turns keys. Raises CommandError, ModelError."""
+    from cli.local import limits_of
+    from cli.model import find_model
+    from cli.prefix import turns
+
+    if model is None:
+        message = f"{ref} is a kv prompt, and PREFIX_TUNING holds keys after RoPE: say --model, its base"
+        raise CommandError(message, usage=True)
+    if (base := limits_of(model).base) != file.prompt.base:
+        raise CommandError(f"--model {model} is of base {base}, {ref} belongs to {file.prompt.base}", usage=True)
+    return turns(find_model(model))[0]
 
 
 def _save(file: PromptFile, out: Path, force: bool, as_json: bool) -> None:

@@ -101,3 +101,9 @@ def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     if x.shape[-1] % (2 * native.LANES) == 0 and (kernels := native.fused(x)):
         return kernels.rotate(x, rotation.cos, rotation.sin)
     return torch.addcmul(x * rotation.cos, x.roll(x.shape[-1] // 2, -1), rotation.sin)
+
+
+def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
+    """x (T, heads, D) that `rotate` made → what it was made of, to rounding. For files, not for speed."""
+    scale = rotation.cos.square() + rotation.sin.square()  # a stretched form scales as it turns
+    return rotate(x.double(), Rotation(rotation.cos.double() / scale, -rotation.sin.double() / scale)).to(x.dtype)

@@ -10,7 +10,7 @@ from safetensors.torch import save
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from prompts_store.errors import InvalidArtifact
-from prompts_store.file import PromptFile, Provenance
+from prompts_store.file import ANY, Limits, PromptFile, Provenance
 from prompts_store.peft import read_peft, read_peft_directory, write_peft
 
 BASE = "sha256:" + "ba" * 32
@@ -73,7 +73,7 @@ def test_nothing_is_lost_on_the_way_out_and_in(rows, tmp_path):
     assert read_peft_directory(tmp_path / "adapter") == file
 
 
-def test_a_kv_prompt_has_no_place_in_it(kv, tmp_path):
+def test_a_kv_prompt_needs_a_model_to_turn_its_keys(kv, tmp_path):
     with pytest.raises(ValueError, match="kv"):
         write_peft(tmp_path, PromptFile(kv()), base_model="x")
     assert list(tmp_path.iterdir()) == []
@@ -104,6 +104,58 @@ def test_other_kinds_are_refused_by_name(kind):
         read({**GOOD, "peft_type": kind})
     assert (refused.value.code, refused.value.field) == ("unsupported_peft_type", "peft_type")
     assert str(kind) in refused.value.message
+    assert ("promptstitch prompts import-peft" in refused.value.message) == (kind == "PREFIX_TUNING")
+
+
+PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "num_attention_heads": 2, "token_dim": 8}
+PREFIX_WEIGHTS = save({"prompt_embeddings": torch.arange(96, dtype=torch.float32).view(2, 48)})  # 3 layers
+
+
+def read_prefix(config: dict, limits: Limits = ANY) -> PromptFile:
+    def negated(keys: torch.Tensor) -> torch.Tensor:
+        return -keys
+
+    return read_peft(json.dumps(config).encode(), PREFIX_WEIGHTS, limits, default_base=BASE, unrotate=negated)
+
+
+def test_a_prefix_is_read_by_position_layer_and_head_and_its_keys_are_turned():
+    file = read_prefix(PREFIX, Limits(hidden_size=16, num_layers=3, num_kv_heads=2, head_dim=4))
+    prompt = file.prompt
+    assert (prompt.kind, prompt.shape, file.bound) == ("kv", (3, 2, 2, 4), True)
+    for layer, head, n, d in ((0, 0, 0, 0), (2, 1, 1, 3), (1, 0, 1, 2)):
+        at = n * 48 + layer * 16 + head * 4 + d
+        assert prompt.tensors["keys"][layer, head, n, d] == -at
+        assert prompt.tensors["values"][layer, head, n, d] == at + 8
+    assert file.provenance.train == {"peft": {"type": "PREFIX_TUNING"}}
+
+
+def test_a_prefix_that_goes_out_comes_in_whole(kv, tmp_path):
+    file = PromptFile(kv(1), Provenance("general", "w3g64", BASE, {"steps": 7}))
+    write_peft(tmp_path, file, base_model="some/llama", rotate=lambda keys: keys + 1)
+    again = read_peft_directory(tmp_path, unrotate=lambda keys: keys - 1)
+    assert again.provenance == file.provenance
+    torch.testing.assert_close(dict(again.prompt.tensors), dict(file.prompt.tensors))
+
+
+@pytest.mark.parametrize(
+    ("change", "limits", "code"),
+    [
+        ({"num_attention_heads": 3}, ANY, "shape_mismatch"),
+        ({"token_dim": 10}, ANY, "shape_mismatch"),
+        ({"num_virtual_tokens": 3}, ANY, "shape_mismatch"),
+        ({"token_dim": None}, ANY, "invalid_adapter_config"),
+        ({"num_attention_heads": 0}, ANY, "invalid_adapter_config"),
+        ({}, Limits(num_layers=2), "shape_mismatch"),
+        ({}, Limits(num_kv_heads=1), "shape_mismatch"),
+        ({}, Limits(head_dim=8), "shape_mismatch"),
+        ({}, Limits(max_virtual_tokens=1), "too_many_virtual_tokens"),
+        ({}, Limits(base="sha256:" + "0b" * 32), "base_model_mismatch"),
+    ],
+)
+def test_prefixes_that_do_not_fit(change, limits, code):
+    with pytest.raises(InvalidArtifact) as refused:
+        read_prefix({**PREFIX, **change}, limits)
+    assert refused.value.code == code
 
 
 @pytest.mark.parametrize(
