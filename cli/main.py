@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import compress, convert, generate, info, keys, prompts, pull, serve
+from cli import compress, convert, evaluate, generate, info, keys, learn, prompts, pull, serve, transfer
 from cli.options import with_flags
 from cli.output import CommandError, complain
 
@@ -68,6 +68,9 @@ app.command()(serve.serve)
 app.command()(generate.generate)
 app.command()(info.info)
 app.command()(compress.compress)
+app.command()(evaluate.evaluate)
+app.command()(learn.learn)
+app.command()(transfer.transfer)
 convert.add_to(prompts.app)
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(keys.app, name="keys")

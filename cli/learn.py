@@ -1,0 +1,155 @@
+"""`promptstitch learn`: a soft prompt learned through the compressed model that will be served."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.output import AsJson, CommandError, tell
+
+if TYPE_CHECKING:
+    from lab.data.splits import Splits
+    from lab.learn.order import Order
+
+LENGTH, NUMERICS = "Length: one of these, else the recipe's tokens", "Numerics and folders"
+
+Model = Annotated[str, typer.Argument(help="Checkpoint: a folder, or a name that was pulled.")]
+Data = Annotated[
+    str, typer.Option("--data", metavar="FILE|NAME", help="To learn from: text, JSON lines, a folder, or a name: c4.")
+]
+Level = Annotated[str | None, typer.Option("--level", help="Quantise a dense checkpoint so at load, as serve does.")]
+Task = Annotated[str | None, typer.Option("--task", help="Task to file the prompt under.")]
+KindName = Annotated[str, typer.Option("--kind", help="rows or kv; lora or norms: controls that leave figures alone.")]
+RecipeName = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="default, paper, or a TOML file.")]
+Changes = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="FIELD=VALUE", help="Change the recipe: lr=0.01, positions=16, distil=0."),
+]
+Init = Annotated[
+    str | None, typer.Option("--init", help="first, random, text, text:WORDS or a prompt file.", show_default="recipe")
+]
+Dense = Annotated[
+    str | None, typer.Option("--dense", metavar="MODEL", help="Dense model to distil from; else MODEL, if dense.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Order of the data, and random starts.")]
+Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Prompt file; else in the run folder.")]
+Tokens = Annotated[int | None, typer.Option("--tokens", metavar="N", help="Text tokens.", rich_help_panel=LENGTH)]
+Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Steps.", rich_help_panel=LENGTH)]
+Budget = Annotated[
+    str | None,
+    typer.Option("--budget", metavar="TIME", help="Learning time: 90s, 15m, 1.5h.", rich_help_panel=LENGTH),
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--run", metavar="DIR", help="Run folder; one cut short goes on. Else OUT.run.", rich_help_panel=NUMERICS
+    ),
+]
+Cache = Annotated[
+    Path, typer.Option("--cache", metavar="DIR", help="Where dense models' states are kept.", rich_help_panel=NUMERICS)
+]
+DataRoot = Annotated[
+    Path | None,
+    typer.Option("--data-root", metavar="DIR", help="Looked in for named data.", rich_help_panel=NUMERICS),
+]
+Bos = Annotated[
+    str,
+    typer.Option("--bos", help="Layout: tokenizer (as it does), none, after_prompt.", rich_help_panel=NUMERICS),
+]
+Dtype = Annotated[str, typer.Option("--dtype", help="As it will be served.", rich_help_panel=NUMERICS)]
+Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<i>.", rich_help_panel=NUMERICS)]
+ComputeName = Annotated[
+    str,
+    typer.Option(
+        "--compute", help="packed, or a copy in float32 or bfloat16: more memory, faster.", rich_help_panel=NUMERICS
+    ),
+]
+
+
+def learn(
+    model: Model,
+    data: Data,
+    level: Level = None,
+    task: Task = None,
+    kind: KindName = "rows",
+    recipe: RecipeName = "default",
+    change: Changes = None,
+    init: Init = None,
+    dense: Dense = None,
+    seed: Seed = 0,
+    out: Out = None,
+    tokens: Tokens = None,
+    steps: Steps = None,
+    budget: Budget = None,
+    run: RunFolder = None,
+    cache: Cache = Path("runs/teacher"),
+    data_root: DataRoot = None,
+    bos: Bos = "tokenizer",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    compute: ComputeName = "auto",
+    as_json: AsJson = False,
+) -> None:
+    """Learn a prompt through the weights that will be served. A command that was cut short goes on where it stopped."""
+    from lab.data.documents import DataError
+    from lab.data.named import documents
+    from lab.data.splits import split
+    from lab.learn.budget import parse_budget
+    from lab.learn.order import Order
+
+    if kind not in ("rows", "kv", "lora", "norms"):
+        raise CommandError(f"--kind is {kind!r}; it is rows, kv, lora or norms", usage=True)
+    if kind in ("lora", "norms") and out is not None:
+        raise CommandError(
+            f"--kind {kind} is a control and leaves figures alone; give --run in place of --out", usage=True
+        )
+    if bos not in ("tokenizer", "none", "after_prompt"):
+        raise CommandError(f"--bos is {bos!r}; it is tokenizer, none or after_prompt", usage=True)
+    from cli.model import find_model
+    from lab.learn.recipe import parse_change, read_recipe
+
+    changes = dict(map(parse_change, change or ())) | ({} if init is None else {"init": init})
+    told = read_recipe(recipe, kind, changes)  # type: ignore[arg-type]
+    order = Order(
+        model=find_model(model),
+        level=level,
+        kind=kind,  # type: ignore[arg-type]
+        task=task,
+        recipe=told,
+        budget=parse_budget(budget, tokens, steps, told),
+        dense=None if dense is None else find_model(dense),
+        dtype=dtype,
+        device=device,
+        compute=compute,
+        bos=bos,  # type: ignore[arg-type]
+        seed=seed,
+    )
+    try:
+        splits = split(documents(data, data_root))
+    except DataError as error:
+        raise CommandError(f"--data: {error}") from error
+    _carry_out(order, splits, run, out, cache, as_json)
+
+
+def _carry_out(order: Order, splits: Splits, run: Path | None, out: Path | None, cache: Path, as_json: bool) -> None:
+    from lab.data.splits import record
+    from lab.learn.learn import learn as carry_out
+    from lab.learn.order import planned
+    from lab.progress import progress
+    from lab.run import open_run, write_bytes
+    from prompts_store.file import encode_prompt
+
+    plan = planned(order, splits)
+    name = f"{order.task or 'prompt'}.{order.kind}.{plan.identity.level}.{order.seed}"
+    folder = run or (out.with_name(f"{out.name}.run") if out else Path("runs") / name)
+    with open_run(folder, plan.record(), order.seed) as kept, progress(quiet=as_json) as report:
+        record(splits, folder / "splits.json")
+        file, figures = carry_out(plan, kept, cache, report)
+        told: dict[str, Any] = {"file": None, "run": str(folder), **figures}
+        if file is not None:
+            place = out or folder / "prompt.safetensors"
+            write_bytes(place, encode_prompt(file))
+            told["file"] = str(place)
+    tell(told, as_json)

@@ -1,0 +1,155 @@
+"""What is learned, as functions of its tensors: a prompt of either kind, and the controls LoRA and norms.
+
+A form says which tensors there are and how the hidden states of a text follow from them. Knows one model; knows no
+loss and no schedule.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lab.evaluate.forward import hidden_states, prefix
+from lab.learn.compute import blocks_of, recomputing
+from llama.linear import Linear
+from llama.model import Block, Llama, RMSNorm
+
+LORA_SCALE = 2.0  # alpha / rank, as most who tune q and v have it
+
+Tensors = Mapping[str, Tensor]
+
+
+class Form(Protocol):
+    """A way to change what a frozen model makes of a text."""
+
+    positions: int  # before the text; 0 for what changes the model itself
+
+    def hidden(self, tensors: Tensors, ids: Tensor, n: int) -> Tensor:
+        """ids (B, T) → (B, T, H) after the last norm, with the first n positions in front; differentiable."""
+
+
+class PromptForm:
+    """A prompt of kind `rows` or `kv`. Its prefix is computed once for all texts of a batch, as it is in serving."""
+
+    def __init__(self, model: Llama, positions: int, recompute: bool = False) -> None:
+        self.positions = positions
+        self._model = model
+        self._texts = recomputing(model) if recompute else model
+
+    def hidden(self, tensors: Tensors, ids: Tensor, n: int) -> Tensor:
+        return hidden_states(self._texts, ids, prefix(self._model, first(tensors, n)))
+
+
+def first(tensors: Tensors, n: int) -> dict[str, Tensor]:
+    """The first n positions."""
+    return {name: t.narrow(0 if name == "prompt_embeddings" else 2, 0, n) for name, t in tensors.items()}
+
+
+class LoraForm:
+    """Low-rank changes of q and v in every block (Hu et al. 2021): W + LORA_SCALE · up · down."""
+
+    positions = 0
+
+    def __init__(self, model: Llama, recompute: bool = False) -> None:
+        self._now: dict[str, Tensor] = {}
+        changed = [self._changed(block) for block in blocks_of(model)]
+        twin = Llama(model.config, model.embedding, changed, model.norm, model.head).eval()
+        self._model = recomputing(twin) if recompute else twin
+
+    @staticmethod
+    def start(model: Llama, rank: int, seed: int) -> dict[str, Tensor]:
+        """`q_down`, `v_down` (layers, r, H) random, `q_up`, `v_up` (layers, out, r) zero: the model unchanged."""
+        c, generator = model.config, torch.Generator().manual_seed(seed)
+        out = {"q": c.num_heads * c.head_dim, "v": c.num_kv_heads * c.head_dim}
+        bound = 1 / math.sqrt(c.hidden_size)
+        tensors = {}
+        for name, width in out.items():
+            down = torch.rand(c.num_layers, rank, c.hidden_size, generator=generator)
+            tensors[f"{name}_down"] = (2 * down - 1) * bound
+            tensors[f"{name}_up"] = torch.zeros(c.num_layers, width, rank)
+        return tensors
+
+    def hidden(self, tensors: Tensors, ids: Tensor, n: int) -> Tensor:
+        self._now.update(tensors)
+        return hidden_states(self._model, ids)
+
+    def _changed(self, block: Block) -> Block:
+        parts = (block.attention_norm, _Adapted(block, self._now), block.o, block.mlp_norm, block.gate_up, block.down)
+        return _rebuilt(block, *parts)
+
+
+class _Adapted(Linear):
+    """q, k and v of one block with LoRA on q and v."""
+
+    def __init__(self, block: Block, now: Tensors) -> None:
+        super().__init__()
+        self.inner, self.index = block.qkv, block.index
+        self.in_features, self.out_features = block.qkv.in_features, block.qkv.out_features
+        self._keys = block.kv_heads * block.head_dim
+        self._now = now
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, v = (self._change(name, x) for name in ("q", "v"))
+        k = x.new_zeros(len(x), self._keys)
+        return self.inner(x) + torch.cat((q, k, v), -1)
+
+    def _change(self, name: str, x: Tensor) -> Tensor:
+        down, up = (self._now[f"{name}_{part}"][self.index].to(x) for part in ("down", "up"))
+        return LORA_SCALE * F.linear(F.linear(x, down), up)
+
+
+class NormForm:
+    """The weights of all norms."""
+
+    positions = 0
+
+    def __init__(self, model: Llama, recompute: bool = False) -> None:
+        self._now: dict[str, Tensor] = {}
+        blocks = blocks_of(model)
+        changed = [self._changed(block, 2 * at) for at, block in enumerate(blocks)]
+        norm = _Learned(model.norm, self._now, 2 * len(blocks))
+        twin = Llama(model.config, model.embedding, changed, norm, model.head).eval()
+        self._model = recomputing(twin) if recompute else twin
+
+    @staticmethod
+    def start(model: Llama) -> dict[str, Tensor]:
+        """`norms` (2 layers + 1, H), as the model has them."""
+        blocks = blocks_of(model)
+        each = [norm.weight for block in blocks for norm in (block.attention_norm, block.mlp_norm)]
+        return {"norms": torch.stack([*each, model.norm.weight]).detach().float().cpu()}
+
+    def hidden(self, tensors: Tensors, ids: Tensor, n: int) -> Tensor:
+        self._now.update(tensors)
+        return hidden_states(self._model, ids)
+
+    def _changed(self, block: Block, at: int) -> Block:
+        attention = _Learned(block.attention_norm, self._now, at)
+        mlp = _Learned(block.mlp_norm, self._now, at + 1)
+        return _rebuilt(block, attention, block.qkv, block.o, mlp, block.gate_up, block.down)
+
+
+class _Learned(RMSNorm):
+    def __init__(self, norm: RMSNorm, now: Tensors, at: int) -> None:
+        nn.Module.__init__(self)
+        self.weight, self.eps = norm.weight, norm.eps
+        self._now, self._at = now, at
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, self.weight.shape, self._now["norms"][self._at].to(x), self.eps)
+
+
+def _rebuilt(
+    block: Block, attention_norm: RMSNorm, qkv: Linear, o: Linear, mlp_norm: RMSNorm, gate_up: Linear, down: Linear
+) -> Block:
+    """The block with other parts."""
+    twin = Block.__new__(Block)
+    nn.Module.__init__(twin)
+    twin.index, twin.heads, twin.kv_heads, twin.head_dim = block.index, block.heads, block.kv_heads, block.head_dim
+    twin.attention_norm, twin.qkv, twin.o = attention_norm, qkv, o
+    twin.mlp_norm, twin.gate_up, twin.down = mlp_norm, gate_up, down
+    return twin
