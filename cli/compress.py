@@ -20,6 +20,12 @@ if TYPE_CHECKING:
     from lab.run import Run
     from llama.manifest import Manifest
 
+
+def _option(name: str, metavar: str, text: str) -> Any:
+    """An option whose help tells its default, so that the whole help fits a screen."""
+    return typer.Option(name, metavar=metavar, help=text, show_default=False)
+
+
 Model = Annotated[str, typer.Argument(help="Dense checkpoint: a folder, or a name that was pulled.")]
 Level = Annotated[str, typer.Option("--level", metavar="NAME", help="w4g64, w3g64, w8, s50, s2of4, w4g64-s50, …")]
 Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to; nothing may stand there.")]
@@ -28,12 +34,6 @@ MethodName = Annotated[
 ]
 Data = Annotated[str | None, typer.Option("--data", metavar="FILE", help="Calibration text, folder, or a name: c4.")]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", metavar="DIR", help="Where names are looked up first.")]
-
-
-def _option(name: str, metavar: str, text: str) -> Any:
-    return typer.Option(name, metavar=metavar, help=text, show_default=False)
-
-
 Part = Annotated[str, _option("--part", "NAME", "calibration (default): its sites; or all.")]
 Count = Annotated[int, _option("--calibration-tokens", "N", "How many are read (32768).")]
 Window = Annotated[int, _option("--window", "N", "Tokens that stand together (256).")]
@@ -75,6 +75,8 @@ def compress(
 
     if scales not in (None, "fitted", "largest"):
         raise CommandError(f"--scales is {scales!r}; it is fitted or largest", usage=True)
+    if calibration_tokens < 1:
+        raise CommandError(f"--calibration-tokens is {calibration_tokens}; it must be at least 1", usage=True)
     clip = None if scales is None else scales == "fitted"
     plan = planned(Order(find_model(model), out, level, method, clip, sweeps, export, embedding, device))
     tokens, digest = None, None

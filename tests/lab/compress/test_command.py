@@ -103,6 +103,7 @@ def test_rounding_to_nearest_needs_no_data(dense, tmp_path):
         (("--level", "w4g64", "--method", "awq"), 1, "choose one of: gptq, sparsegpt, rtn"),
         (("--level", "w4g64", "--method", "wanda"), 1, "choose one of: gptq, rtn"),
         (("--level", "w4g64", "--scales", "big"), 2, "fitted or largest"),
+        (("--level", "w4g64", "--calibration-tokens", "0"), 2, "at least 1"),
         (("--level", "w4g64", "--sweeps", "-1"), 1, "sweeps is -1"),
         (("--level", "w4g64", "--data", "nowhere.txt"), 1, "nowhere.txt is neither a file"),
         (("--level", "w4g64", "--data", __file__), 1, "--part all"),
