@@ -25,6 +25,7 @@ def info(model: Model, level: Level = None, base: Base = None, as_json: AsJson =
 
 def describe(folder: Path, level: str | None = None, base: str | None = None) -> dict[str, Any]:
     """The fields that are shown. Lengths in tokens, sizes in bytes. Raises ModelError."""
+    from llama.load import expected_bytes
     from llama.load import info as look
 
     told = look(folder, level=level, base=base)
@@ -37,6 +38,7 @@ def describe(folder: Path, level: str | None = None, base: str | None = None) ->
         "weights": identity.weights,
         "parameters": told.parameters,
         "disk_bytes": told.disk_bytes,
+        "resident_bytes": expected_bytes(folder, identity.at_load),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "heads": config.num_heads,

@@ -99,7 +99,7 @@ class Assembly:
 
     def _vector(self, name: str, size: int) -> Tensor:
         self.checkpoint.expect(name, (size,), FLOATS)
-        return self.checkpoint.tensor(name).to(self.target.device, self.target.dtype, copy=True)
+        return self.checkpoint.tensor(name).to(self.target.place, self.target.dtype, copy=True)
 
     def _refuse_leftovers(self) -> None:
         """Biases of zeros are left over, too: some GPTQ writers add them to models that have none."""

@@ -27,10 +27,16 @@ M = TypeVar("M", bound=Matrix)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a layer is to live and what it computes in."""
+    """Where a layer is to live and what it computes in. If `hollow`, it is of the right kind and size, but empty."""
 
     dtype: torch.dtype
     device: torch.device
+    hollow: bool = False
+
+    @property
+    def place(self) -> torch.device:
+        """Where tensors are made."""
+        return torch.device("meta") if self.hollow else self.device
 
 
 def build_linear(module: str, parts: Sequence[Matrix], bias: Tensor | None, target: Target) -> Linear:
@@ -43,12 +49,12 @@ def build_linear(module: str, parts: Sequence[Matrix], bias: Tensor | None, targ
         return DenseLinear(dense_weight(dense, target), bias)
     ints = [part for part in parts if isinstance(part, IntMatrix)]
     if len(ints) == len(parts) and _alike(ints):
-        return _fill(module, _int_layer(ints, bias, target), ints)
+        return _fill(module, _int_layer(ints, bias, target), ints, target)
     nf4 = [part for part in parts if isinstance(part, Nf4Matrix)]
     if len(nf4) == len(parts) and len({part.block for part in nf4}) == 1:
         block, scales = nf4[0].block, torch.float32
-        layer = CodebookLinear(_shape(nf4), NF4_VALUES, block, scales, target.dtype, target.device, bias)
-        return _fill(module, layer, nf4)
+        layer = CodebookLinear(_shape(nf4), NF4_VALUES, block, scales, target.dtype, target.place, bias)
+        return _fill(module, layer, nf4, target)
     if len(parts) == 1 and isinstance(parts[0], Q8Matrix):
         return build_q8(module, parts[0], bias, target)
     biases = [None] * len(parts) if bias is None else torch.split(bias, [part.shape[0] for part in parts])
@@ -57,14 +63,16 @@ def build_linear(module: str, parts: Sequence[Matrix], bias: Tensor | None, targ
 
 def build_q8(module: str, table: Q8Matrix, bias: Tensor | None, target: Target) -> Q8Linear:
     """As `build_linear`, of a table on the 8-bit grid, which the embedding may share."""
-    layer = Q8Linear(table.shape, target.dtype, target.device, bias)
-    _fill(module, layer, [table])
+    layer = Q8Linear(table.shape, target.dtype, target.place, bias)
+    _fill(module, layer, [table], target)
     return layer
 
 
 def dense_weight(parts: Sequence[DenseMatrix], target: Target) -> Tensor:
     """The matrices' rows one under another (N, K)."""
-    weight = torch.empty(_shape(parts), dtype=target.dtype, device=target.device)
+    weight = torch.empty(_shape(parts), dtype=target.dtype, device=target.place)
+    if target.hollow:
+        return weight
     for part, start, stop, at in _pieces(parts):
         weight[at : at + stop - start] = part.rows(start, stop)
     return weight
@@ -73,19 +81,23 @@ def dense_weight(parts: Sequence[DenseMatrix], target: Target) -> Tensor:
 def _int_layer(parts: Sequence[IntMatrix], bias: Tensor | None, target: Target) -> PackedLinear:
     """The fastest layer class that holds them."""
     shape, group, order = _shape(parts), parts[0].group, parts[0].order
-    order = None if order is None else order.to(target.device)
+    order = None if order is None else order.to(target.place)
     offsets = any(part.has_offsets for part in parts)
     if parts[0].bits > 4:
-        return Int8Linear(shape, group, target.dtype, target.device, bias, order, offsets)
-    if target == Target(torch.bfloat16, torch.device("cpu")) and group in GROUPS:
+        return Int8Linear(shape, group, target.dtype, target.place, bias, order, offsets)
+    if (target.dtype, target.device.type) == (torch.bfloat16, "cpu") and group in GROUPS:
         block = kernel_block()
         if block is not None and all(part.shape[0] % block == 0 for part in parts):
-            return Int4Linear(shape, group, block, bias, order)
+            return Int4Linear(shape, group, block, bias, order, target.place)
     scales = scale_dtype(target.dtype)
-    return CodebookLinear(shape, TWOS_COMPLEMENT, group, scales, target.dtype, target.device, bias, order, offsets)
+    return CodebookLinear(shape, TWOS_COMPLEMENT, group, scales, target.dtype, target.place, bias, order, offsets)
 
 
-def _fill(module: str, layer: PackedLinear, parts: Sequence[IntMatrix | Nf4Matrix | Q8Matrix]) -> PackedLinear:
+def _fill(
+    module: str, layer: PackedLinear, parts: Sequence[IntMatrix | Nf4Matrix | Q8Matrix], target: Target
+) -> PackedLinear:
+    if target.hollow:
+        return layer
     for part, start, stop, at in _pieces(parts, layer.row_step):
         rows = part.rows(start, stop)
         if not bool(torch.isfinite(rows.scales).all()):

@@ -53,14 +53,15 @@ class Int4Linear(PackedLinear):
         block: int,
         bias: Tensor | None = None,
         order: Tensor | None = None,
+        device: torch.device | None = None,
     ) -> None:
         super().__init__(shape, torch.bfloat16, bias, order)
         n, k = shape
         if group not in GROUPS or k % group or n % block:
             raise ValueError(f"the 4-bit kernel does not take {n} x {k} weights in groups of {group}")
         self.group, self.row_step = group, block
-        self.register_buffer("packed", torch.empty(n, k // 2, dtype=torch.uint8), persistent=False)
-        scales_offsets = torch.zeros(k // group, n, 2, dtype=torch.bfloat16)
+        self.register_buffer("packed", torch.empty(n, k // 2, dtype=torch.uint8, device=device), persistent=False)
+        scales_offsets = torch.zeros(k // group, n, 2, dtype=torch.bfloat16, device=device)
         self.register_buffer("scales_offsets", scales_offsets, persistent=False)
 
     def fill(self, start: int, codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from llama import native
 from llama.assemble import Assembly
 from llama.build import Target
 from llama.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ from llama.config import LlamaConfig
 from llama.errors import UnsupportedModel
 from llama.formats import format_at_load, stored_format
 from llama.identity import Identity, identify
+from llama.linear import DenseLinear
 from llama.model import Llama
 
 Progress = Callable[[str, int, int], None]  # step, bytes done, bytes in all
@@ -96,10 +98,36 @@ def parameters(config: LlamaConfig) -> int:
     return tables + config.num_layers * per_layer + h
 
 
+def expected_bytes(directory: Path, at_load: str | None, *, dtype: str = "auto", device: str = "auto") -> int:
+    """`resident_bytes` of what `load` would give, without reading a weight; `at_load` as in `Identity`.
+
+    Exact but where oneDNN rearranges dense weights, which may fill them up to whole tiles. Raises ModelError.
+    """
+    place = choose_device(device)
+    target = Target(choose_dtype(dtype, place), place, hollow=True)
+    checkpoint = Checkpoint(directory)
+    weights = stored_format(checkpoint) if at_load is None else format_at_load(checkpoint, at_load)
+    model = Assembly(checkpoint, weights, target, prepare=False).model(lambda share: None)
+    if not rearranges(target.dtype, place):
+        return resident_bytes(model)
+    dense = [layer for layer in model.modules() if isinstance(layer, DenseLinear)]
+    padding = sum(-layer.out_features % native.PANEL * layer.in_features for layer in dense)
+    copied = model.head.in_features * model.head.out_features if model.head in dense and checkpoint.config.tied else 0
+    return resident_bytes(model) + (padding + copied) * target.dtype.itemsize
+
+
+def rearranges(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether `DenseLinear.prepare` does anything to such weights."""
+    ours_or_onednn = native.product() is not None or (
+        torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    )
+    return (dtype, device.type) == (torch.bfloat16, "cpu") and ours_or_onednn
+
+
 def resident_bytes(model: nn.Module) -> int:
     """Bytes of every tensor of the model, shared ones counted once."""
     tensors = {id(t): t for t in (*model.parameters(), *model.buffers())}.values()
-    plain = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if not t.is_mkldnn}
+    plain = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors if not t.is_mkldnn}
     blocked = sum(int(torch.ops.mkldnn._nbytes(t)) for t in tensors if t.is_mkldnn)
     return sum(plain.values()) + blocked
 
