@@ -86,9 +86,15 @@ def documents(name: str, root: Path | None = None) -> list[Document]:
     if source is None:
         known = ", ".join([*SOURCES, *ALIASES])
         raise DataError(f"{name} is neither a file, nor a folder, nor one of the data sets {known}")
-    told = root or (Path(os.environ[ROOT_VARIABLE]) if os.environ.get(ROOT_VARIABLE) else None)
-    files = sorted(told.expanduser().glob(source.local)) if told else []
+    folder = root_of(root)
+    files = sorted(folder.glob(source.local)) if folder else []
     return [each for file in files or [_fetch(name, source)] for each in _documents(file, source)]
+
+
+def root_of(root: Path | None) -> Path | None:
+    """The folder that data is looked up in by name: the one given, else the one in the environment."""
+    told = root or (Path(os.environ[ROOT_VARIABLE]) if os.environ.get(ROOT_VARIABLE) else None)
+    return told and told.expanduser()
 
 
 def _documents(file: Path, source: Source) -> Iterator[Document]:

@@ -21,6 +21,7 @@ from prompts_store.prompt import SoftPrompt
 
 BATCH_TOKENS = 2048  # tokens that go through the model at once
 LOGITS = 1 << 24  # elements of a chunk of logits: 64 MiB in fp32
+TEACHER_ROWS = 256  # the same for a teacher
 
 Progress = Callable[[str, int, int], None]  # step, windows done, in all
 
@@ -49,6 +50,10 @@ class Scores:
         return math.exp(min(self.nll_sum / self.windows.scored_tokens, 709.0))  # beyond, a float ends
 
 
+class NotFiniteLoss(ValueError):
+    """A loss is NaN or infinite: the checkpoint or the prompt does not compute in this dtype."""
+
+
 class Teacher:
     """The dense model's distributions for the scored tokens of these windows, rebuilt from its last hidden states.
 
@@ -59,10 +64,25 @@ class Teacher:
     def __init__(self, windows: Windows, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:
         if len(hidden) != windows.scored_tokens:
             raise ValueError(f"{len(hidden)} hidden states cannot belong to {windows.scored_tokens} scored tokens")
-        self._hidden, self.head = hidden, head
+        self.windows, self._hidden, self.head = windows, hidden, head
         counts = windows.scored.sum(1)
         self._starts = (counts.cumsum(0) - counts).tolist()
         self._counts = counts.tolist()
+
+    @torch.inference_mode()
+    def scores(self) -> Scores:
+        """What the dense model itself pays for the tokens, from its states alone; its divergence from itself is 0."""
+        scored, targets = self.windows.scored, self.windows.ids[self.windows.scored]
+        nll, hits = torch.zeros(scored.shape), torch.zeros(scored.shape, dtype=torch.bool)
+        losses, tops, start = [], [], 0
+        for states in torch.split(self._hidden, TEACHER_ROWS):
+            logits = self.head(states).float().cpu()
+            wanted = targets[start : start + len(states)]
+            losses.append(F.cross_entropy(logits, wanted, reduction="none"))
+            tops.append(logits.argmax(-1) == wanted)
+            start += len(states)
+        nll[scored], hits[scored] = torch.cat(losses), torch.cat(tops)
+        return Scores(self.windows, nll, hits, torch.zeros(scored.shape), scored)
 
     def hidden(self, rows: Tensor) -> Tensor:
         """(n, H) of the scored tokens of these windows (their numbers), in that order."""
@@ -82,7 +102,7 @@ def score(
 ) -> Scores:
     """Scores of the windows behind a prompt that fits the model (`engine.stitch.mismatch`), or behind none.
 
-    Peak memory beyond the model: activations of `batch_tokens` tokens and a few chunks of logits.
+    Raises NotFiniteLoss. Peak memory beyond the model: activations of `batch_tokens` tokens and a few chunks of logits.
     """
     before = None if prompt is None else prefix(model, prompt.tensors)
     shape = windows.scored.shape
@@ -108,6 +128,12 @@ def score(
         done += len(rows)
         if progress:
             progress("score", done, len(windows))
+    if not bool(nll.isfinite().all()):
+        first = int((~nll.isfinite()).any(1).nonzero()[0, 0])
+        raise NotFiniteLoss(
+            f"the loss of window {first} is not finite in {model.dtype}: the checkpoint or the prompt is broken, or "
+            "too large for this dtype; try --dtype float32"
+        )
     return Scores(windows, nll, hits, kl, agrees)
 
 
