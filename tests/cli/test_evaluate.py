@@ -1,0 +1,200 @@
+"""`promptstitch evaluate`: the figures of a plain transformers loop, the same tokens throughout, clear errors."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.exact import kv_cache
+from support.served import prompt_bytes
+from support.tiny import kv, rows
+from transformers import AutoModelForCausalLM
+
+from llama.load import info
+from prompts_store.file import PromptFile, Provenance, read_prompt, write_prompt
+
+WORDS = "".join(f"Sentence {i} says {i * i % 97} and no more.\n" for i in range(60))
+WINDOW = 64
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text(WORDS)
+    return path
+
+
+@pytest.fixture
+def soft(model, base, tmp_path):
+    """soft(kind, n=…, bos=…) -> a prompt file for the model."""
+
+    def write(kind="rows", n=5, seed=0, **fields):
+        config = info(model).config
+        made = rows(n, config.hidden_size, seed, base=base, **fields) if kind == "rows" else None
+        prompt = made or kv(n, config, seed, base=base, **fields)
+        path = tmp_path / f"{kind}-{n}-{seed}-{prompt.bos}.safetensors"
+        write_prompt(path, PromptFile(prompt, Provenance("demo", "dense", info(model).identity.weights, None, None)))
+        return path
+
+    return write
+
+
+@torch.inference_mode()
+def plain_loop(folder, prompt=None, bos=()):
+    """(sum of losses, tokens) by transformers alone: 64 bytes a window, its first unscored, the last one dropped."""
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = torch.tensor(list(WORDS.encode()))
+    total = count = 0
+    for start in range(0, len(ids) - WINDOW + 1, WINDOW):
+        window = torch.cat((torch.tensor(bos, dtype=torch.long), ids[start : start + WINDOW]))
+        embeds, cache = theirs.get_input_embeddings()(window[None]), None
+        if prompt is not None and prompt.kind == "rows":
+            embeds = torch.cat((prompt.tensors["prompt_embeddings"][None], embeds), 1)
+        elif prompt is not None:
+            cache = kv_cache(theirs, prompt)
+        logits = theirs(inputs_embeds=embeds, past_key_values=cache).logits[0, -WINDOW:-1]
+        total += float(F.cross_entropy(logits, window[-WINDOW + 1 :], reduction="sum"))
+        count += WINDOW - 1
+    return total, count
+
+
+@pytest.mark.parametrize(("kind", "bos"), [(None, None), ("rows", "none"), ("kv", "none"), ("rows", "after_prompt")])
+def test_perplexity_is_that_of_a_plain_loop(answer, model, text, soft, kind, bos):
+    file = kind and soft(kind, bos=bos)
+    prompt = file and read_prompt(file).prompt
+    given = ["--prompt", file] if file else []
+    told = answer("evaluate", model, "--text", text, "--window", WINDOW, "--dtype", "float32", *given)
+    total, count = plain_loop(model, prompt, (257,) if bos == "after_prompt" else ())
+    assert told["scored_tokens"] == count
+    assert told["nll_sum"] == pytest.approx(total, rel=1e-5)
+    assert told["perplexity"] == pytest.approx(math.exp(total / count), rel=1e-4)
+    assert told["prompt_digest"] == (prompt and prompt.digest)
+    assert (told["model"], told["level"]) == (info(model).identity.name, "dense")
+    assert told["bytes"] > 0
+    low, high = told["nll"]["interval"]
+    assert low < total / count < high
+
+
+def test_a_text_has_no_bos_unless_the_prompts_layout_says_so(answer, model_with_bos, text):
+    told = answer("evaluate", model_with_bos, "--text", text, "--window", WINDOW, "--dtype", "float32")
+    total, count = plain_loop(model_with_bos)
+    assert (told["nll_sum"], told["scored_tokens"]) == (pytest.approx(total, rel=1e-5), count)
+
+
+def test_json_lines_are_cut_by_document(answer, model, tmp_path):
+    path = tmp_path / "docs.jsonl"
+    records = [{"text": WORDS[:150]}, {"text": "short"}, {"text": WORDS[150:400]}]
+    path.write_text("\n".join(map(json.dumps, records)))
+    told = answer("evaluate", model, "--text", path, "--window", WINDOW)
+    assert told["windows"] == 2 + 3
+    assert told["text"] | {"digest": None, "source": None} == {
+        "source": None,
+        "digest": None,
+        "documents": 3,
+        "left_out": 1,
+    }
+    assert (told["nll"]["unit"], told["nll"]["units"]) == ("document", 2)
+
+
+def test_beside_the_dense_model(answer, model, text, soft):
+    """A level of the very model: what compression costs, what the prompt takes off, how far from dense all that is."""
+    given = ("evaluate", model, "--level", "w3g32", "--text", text, "--window", WINDOW, "--dtype", "float32")
+    plain = answer(*given, "--dense", model)
+    assert plain["level"] == "w3g32"
+    assert plain["kl"]["value"] > 0
+    assert 0 < plain["top1_agreement"]["value"] < 1
+    told = answer(*given, "--dense", model, "--prompt", soft(), "--dense-prompt", soft(seed=1))
+    assert told["dense_perplexity"] == pytest.approx(plain["dense_perplexity"])
+    assert told["conditions"]["without_prompt"]["perplexity"] == pytest.approx(plain["perplexity"])
+    measures = told["recovery"]
+    gap = math.log(plain["perplexity"]) - math.log(plain["dense_perplexity"])
+    assert measures["gap"]["value"] == pytest.approx(gap, rel=1e-4)
+    assert measures["gain"]["value"] == pytest.approx(told["gain"]["value"])
+    assert measures["kl"]["value"] == pytest.approx(plain["kl"]["value"], rel=1e-4)
+    assert told["dense_prompted_perplexity"] > 1
+
+
+def test_the_dense_model_beside_itself(answer, model, text, tmp_path):
+    given = ("evaluate", model, "--text", text, "--window", WINDOW, "--dtype", "float32", "--dense", model)
+    for _ in range(2):  # the second time from the kept states
+        told = answer(*given, "--cache", tmp_path / "cache")
+        assert told["kl"]["value"] < 1e-5
+        assert told["nll_above_dense"]["value"] == pytest.approx(0, abs=1e-4)
+    assert len(list((tmp_path / "cache").glob("*.states"))) == 1
+
+
+def test_controls_are_scored_on_the_same_tokens(answer, model, text, soft):
+    told = answer("evaluate", model, "--text", text, "--window", WINDOW, "--prompt", soft("kv"), "--controls")
+    names = {"without_prompt", "untrained", "end_of_text", "hard_sentence_1", "hard_sentence_2", "hard_sentence_3"}
+    assert set(told["conditions"]) == names
+    for each in told["conditions"].values():
+        above = each["nll_above_ours"]
+        assert math.log(each["perplexity"]) - math.log(told["perplexity"]) == pytest.approx(above["value"], abs=1e-4)
+        assert above["interval"][0] <= above["value"] <= above["interval"][1]
+
+
+def test_a_prompt_of_the_registry_is_resolved_as_a_server_does(answer, cli, model, text, soft, tmp_path):
+    store = tmp_path / "store"
+    answer("prompts", "push", soft(), "--task", "demo", "--store", store, "--level", "dense")
+    told = answer("evaluate", model, "--text", text, "--window", WINDOW, "--prompt", "demo@1", "--store", store)
+    assert told["prompt"]["task"] == "demo"
+    assert told["prompt"]["resolution"] == "exact"
+    assert told["prompt_digest"] == read_prompt(soft()).prompt.digest
+    missing = cli("evaluate", model, "--text", text, "--prompt", "nothing", "--store", store)
+    assert missing.exit_code != 0
+    assert "nothing" in missing.stderr
+
+
+def test_people_read_lines(cli, model, text):
+    result = cli("evaluate", model, "--text", text, "--window", WINDOW)
+    assert result.exit_code == 0, result.output
+    lines = dict(line.split(None, 1) for line in result.stdout.splitlines())
+    assert float(lines["perplexity"]) > 1
+    assert "by window" in lines["nll"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "is empty"),
+        (b"ok \xff", "is not UTF-8: byte 3"),
+        (b"short", "too short for one window of 512 tokens: the longest of 1 documents has 5"),
+    ],
+)
+def test_bad_text(cli, model, tmp_path, content, message):
+    path = tmp_path / "bad.txt"
+    path.write_bytes(content)
+    result = cli("evaluate", model, "--text", path, "--json")
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert result.stdout == ""
+
+
+def test_what_does_not_go_together(cli, model, narrow_model, text, soft, tmp_path):
+    def fails(*args):
+        result = cli("evaluate", model, *args)
+        assert result.exit_code in (1, 2)
+        return result.stderr
+
+    assert "say --text, or --tasks" in fails()
+    assert "--controls is of use with --prompt only" in fails("--text", text, "--controls")
+    assert "--dense is of use with --text only" in fails("--tasks", "boolq", "--dense", model)
+    assert "is of base" in fails("--text", text, "--window", WINDOW, "--dense", narrow_model)
+    assert "the context of 2048 is too short" in fails("--text", text, "--window", 2044, "--prompt", soft())
+    other = tmp_path / "other.safetensors"
+    other.write_bytes(prompt_bytes(0))
+    assert "base" in fails("--text", text, "--prompt", other)
+    assert "import-peft" in fails("--text", text, "--prompt", tmp_path)
+    assert "--level" in fails("--text", text, "--level", "w9")
+
+
+def test_a_loss_that_is_not_finite(cli, model, text, soft, base):
+    huge = rows(2, info(model).config.hidden_size, base=base, scale=1e38)
+    path = text.with_name("huge.safetensors")
+    write_prompt(path, PromptFile(huge, Provenance("demo", "dense", None, None, None)))
+    result = cli("evaluate", model, "--text", text, "--window", WINDOW, "--prompt", path, "--dtype", "float32")
+    assert result.exit_code == 1
+    assert "is not finite in torch.float32" in result.stderr
