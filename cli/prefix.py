@@ -26,9 +26,10 @@ def turns(folder: Path) -> tuple[Turn, Turn]:
 def _turn(config: LlamaConfig, function: Callable[[Tensor, Rotation], Tensor]) -> Turn:
     rope = Rope(config.rope, config.head_dim, torch.device("cpu"), torch.float32)
 
-    def turned(keys: Tensor) -> Tensor:  # (layers, KV heads, N, D), positions 0..N-1
-        by_position = keys.permute(2, 0, 1, 3).flatten(1, 2)  # (N, layers * KV heads, D)
+    def turn(keys: Tensor) -> Tensor:  # (layers, KV heads, N, D), positions 0..N-1
+        by_position = keys.permute(2, 0, 1, 3)  # (N, layers, KV heads, D)
         tables = rope.tables(torch.arange(keys.shape[2]))
-        return function(by_position, tables).unflatten(1, keys.shape[:2]).permute(1, 2, 0, 3).contiguous()
+        turned = function(by_position.flatten(1, 2), tables).view(by_position.shape)
+        return turned.permute(1, 2, 0, 3).contiguous()
 
-    return turned
+    return turn

@@ -20,11 +20,8 @@ def text(length: int) -> list[int]:
 @pytest.fixture(scope="module")
 def prompts(reference):
     config = LlamaConfig.from_hf(reference.config.to_dict())
-    return [
-        None,
-        *(tiny.rows(n, 64, seed=n) for n in (1, 17, 64, 130)),
-        tiny.kv(13, config),
-    ]
+    whole = [*(tiny.rows(n, 64, seed=n) for n in (1, 17, 64, 130)), tiny.kv(13, config)]
+    return [None, *whole, whole[2].first(18), whole[3].first(16), whole[4].first(6)]
 
 
 def test_one_request_equals_generate(make_engine, reference, prompts):
