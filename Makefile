@@ -2,6 +2,7 @@
 #
 #   make serve   serve the embedded model on http://127.0.0.1:8000, prompts in store/   (ARGS="--port 9000" adds options)
 #   make test    lint and run all tests
+#   make results write docs/results.md anew from the run folders in runs/lab   (ORIGINAL=FILE: the model's own file)
 #
 # TORCH_INDEX_URL=URL takes another build of PyTorch than pip takes by itself (pytorch.org lists them).
 
@@ -18,6 +19,7 @@ LEVEL := w3g64
 MODEL := models/$(EMBEDDED)
 MANIFEST := $(MODEL)/promptstitch.json
 STORE := store
+RUNS := runs/lab
 
 # Stamps: what stands in .venv already. A build of torch that was asked for by its index stays until another is.
 TORCH_STAMP := $(if $(TORCH_INDEX_URL),$(VENV)/.torch-$(notdir $(TORCH_INDEX_URL)),$(firstword \
@@ -25,7 +27,7 @@ TORCH_STAMP := $(if $(TORCH_INDEX_URL),$(VENV)/.torch-$(notdir $(TORCH_INDEX_URL
 SERVING := $(VENV)/.serving
 DEVELOPING := $(VENV)/.developing
 
-.PHONY: serve test test-all lint lock clean
+.PHONY: serve test test-all lint results lock clean
 .DELETE_ON_ERROR:
 
 serve: $(SERVING) $(MANIFEST)
@@ -39,6 +41,12 @@ test-all: lint $(MANIFEST)
 
 lint: $(DEVELOPING)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+results: $(SERVING)
+	$(PIP) install --quiet 'matplotlib>=3.10'
+	$(BIN)/promptstitch report $(RUNS) --out $(RUNS)/report $(if $(wildcard $(STORE)),--store $(STORE)) \
+		$(if $(ORIGINAL),--original $(ORIGINAL))
+	cp $(RUNS)/report/results.md docs/results.md
 
 # After a change of the dependencies in pyproject.toml.
 lock: $(DEVELOPING)

@@ -11,7 +11,20 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from cli import compress, convert, evaluate, generate, info, keys, learn, prompts, pull, serve, transfer
+from cli import (
+    compress,
+    convert,
+    evaluate,
+    generate,
+    info,
+    keys,
+    learn,
+    prompts,
+    pull,
+    report,
+    serve,
+    transfer,
+)
 from cli.options import with_flags
 from cli.output import CommandError, complain
 
@@ -71,6 +84,7 @@ app.command()(compress.compress)
 app.command()(evaluate.evaluate)
 app.command()(learn.learn)
 app.command()(transfer.transfer)
+app.command()(report.report)
 convert.add_to(prompts.app)
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(keys.app, name="keys")

@@ -2,6 +2,7 @@
 
     config.json         what was asked, with its digest and the seed; never changes
     versions.json       what it was first run with
+    command.txt         the command line that first asked
     log.jsonl           one line an event; after a resume it goes on from the state, not from where it broke off
     state.safetensors   where the run stands: tensors, and everything else as JSON in the metadata
     figures.json        what came out
@@ -16,6 +17,8 @@ import hashlib
 import json
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,7 +34,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-CONFIG, VERSIONS, LOG, STATE, FIGURES = "config.json", "versions.json", "log.jsonl", "state.safetensors", "figures.json"
+CONFIG, VERSIONS, COMMAND = "config.json", "versions.json", "command.txt"
+LOG, STATE, FIGURES = "log.jsonl", "state.safetensors", "figures.json"
 
 
 class RunError(Exception):
@@ -142,6 +146,8 @@ def open_run(folder: Path, config: Mapping[str, Any], seed: int = 0) -> Run:
         if not (folder / VERSIONS).exists():
             write_json(folder / VERSIONS, now)
         write_json(folder / CONFIG, record)
+        if not (folder / COMMAND).exists():
+            write_bytes(folder / COMMAND, f"{shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}\n".encode())
         run = Run(folder, record["config"], seed, lock)
     except BaseException:
         lock.release()

@@ -54,7 +54,7 @@ class Contender:
 
 def stored(store: PromptStore, base: str, tasks: Collection[str] = ()) -> list[Contender]:
     """Every live version of this base, or of these tasks. Raises NotFound for a task without one, StoreError."""
-    names = [task.task for task in _all(partial(store.versions.tasks, base=base))]
+    names = [task.task for task in every(partial(store.versions.tasks, base=base))]
     if missing := sorted(set(tasks) - set(names)):
         had = ", ".join(names) or "none"
         raise NotFound("task", f"the store holds no prompt of task {missing[0]} for base {base}; tasks it has: {had}")
@@ -62,7 +62,7 @@ def stored(store: PromptStore, base: str, tasks: Collection[str] = ()) -> list[C
         _of_version(version, store.load(version.digest))
         for task in names
         if not tasks or task in tasks
-        for version in _all(partial(store.versions.list, task, base=base))
+        for version in every(partial(store.versions.list, task, base=base))
     ]
 
 
@@ -90,7 +90,7 @@ def record(store: PromptStore, contender: Contender, measurement: Measurement) -
     if contender.task is None or contender.version is None:
         return False
     task, version = contender.task, contender.version
-    there = _all(partial(store.measurements.list, task, version))
+    there = every(partial(store.measurements.list, task, version))
     if any(each.measurement == measurement for each in there):
         return False
     store.measurements.add(task, version, measurement, by=RECORDER)
@@ -118,8 +118,8 @@ def _parents(train: Mapping[str, Any] | None) -> tuple[str, ...] | None:
     return tuple(map(str, told)) if isinstance(told, list) else None
 
 
-def _all(page_of: Callable[..., Page[T]]) -> Iterator[T]:
-    """The items of all pages."""
+def every(page_of: Callable[..., Page[T]]) -> Iterator[T]:
+    """The items of all pages of a list of the registry."""
     after = None
     while True:
         page = page_of(limit=PAGE, after=after)

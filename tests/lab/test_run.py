@@ -162,3 +162,11 @@ def test_quiet_progress_writes_nothing():
     with progress(stream=out) as report:
         assert isinstance(report, Lines)
     assert out.getvalue() == ""
+
+
+def test_the_command_line_that_first_asked_is_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/promptstitch", "learn", "a model", "--steps", "3"])
+    open_run(tmp_path, {"a": 1}).close()
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/promptstitch", "matrix"])
+    open_run(tmp_path, {"a": 1}).close()
+    assert (tmp_path / "command.txt").read_text() == "promptstitch learn 'a model' --steps 3\n"
