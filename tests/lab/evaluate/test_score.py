@@ -14,7 +14,7 @@ from support.tiny import kv, ours, rows
 from lab.data.windows import windows
 from lab.evaluate import score as scoring
 from lab.evaluate.forward import hidden_states, prefix
-from lab.evaluate.score import Teacher, predicting, score
+from lab.evaluate.score import NotFiniteLoss, Teacher, predicting, score
 
 EXACT = {"rtol": 0, "atol": 1e-4}
 
@@ -126,6 +126,22 @@ def test_divergence_from_the_dense_model(pair):
     agree = torch.zeros_like(data.scored)
     agree[:, 1:] = p.argmax(-1) == logits.argmax(-1)
     assert torch.equal(found.agrees, agree & data.scored)
+
+
+@torch.inference_mode()
+def test_the_dense_model_scores_itself_from_its_states(pair):
+    mine, _ = pair
+    data = made(ragged=True)
+    found, expected = Teacher(data, states(mine, data), mine.logits).scores(), score(mine, data)
+    torch.testing.assert_close(found.nll, expected.nll, **EXACT)
+    assert torch.equal(found.hits, expected.hits)
+
+
+def test_a_loss_that_is_not_finite_is_no_figure():
+    broken = ours(reference())
+    broken.head.weight[7, 0] = float("nan")
+    with pytest.raises(NotFiniteLoss, match=r"window 0 is not finite in torch.float32.*--dtype float32"):
+        score(broken, made())
 
 
 def test_a_teacher_of_other_windows_is_refused(pair):
