@@ -133,7 +133,7 @@ def _form(plan: Plan, model: Llama) -> tuple[Form, Start]:
     if order.kind == "norms":
         return NormForm(model, recipe.recompute), Start(NormForm.start(model))
     tokenizer = HubTokenizer(order.model)
-    begun = start(order.kind, recipe.init, recipe.positions, plan.identity.base, model, tokenizer, order.seed)
+    begun = start(order.kind, recipe.init, recipe.positions, plan.parent, model, tokenizer, order.seed)
     return PromptForm(model, recipe.positions, recipe.recompute), begun
 
 

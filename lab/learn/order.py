@@ -5,7 +5,6 @@ Knows data, recipes and identities; knows no tensor of a model.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +18,12 @@ from lab.data.windows import Windows, cut
 from lab.learn.budget import Budget
 from lab.learn.compute import choose_compute
 from lab.learn.recipe import Kind, LearnError, Recipe
+from lab.learn.start import parent_of
 from llama.config import LlamaConfig
 from llama.identity import Identity
 from llama.load import choose_device, choose_dtype, info
 from llama.tokenizer import HubTokenizer
-from prompts_store.prompt import Bos
+from prompts_store.prompt import Bos, SoftPrompt
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,8 @@ class Order:
 class Plan:
     """An order that holds: what is learned through, from which windows, and selected on which.
 
-    `dense` is the folder and identity of the dense model if the recipe distils, `chat_template` the digest of the
+    `dense` is the folder and identity of the dense model if the recipe distils, `parent` the prompt that it starts
+    from, if any, `chat_template` the digest of the
     template if chats are learned, else "none"; `device`, `dtype` and `compute` are settled.
     """
 
@@ -57,6 +58,7 @@ class Plan:
     identity: Identity
     config: LlamaConfig
     dense: tuple[Path, Identity] | None
+    parent: SoftPrompt | None
     learn: Windows
     select: Windows
     data: str
@@ -80,7 +82,7 @@ class Plan:
             "learn": self.learn.digest,
             "select": self.select.digest,
             "layout": {"bos": order.bos, "chat_template": self.chat_template},
-            "init": _init_digest(order.recipe.init),
+            "parent": self.parent.digest if self.parent else None,
             "device": self.device.type,
             "dtype": self.dtype,
             "compute": self.compute,
@@ -94,6 +96,10 @@ def planned(order: Order, splits: Splits) -> Plan:
     told = info(order.model, level=order.level)
     dense = _dense(order, told.identity) if order.recipe.distil else None
     _check_room(order, told.config)
+    parent = None
+    if order.kind in ("rows", "kv"):
+        recipe = order.recipe
+        parent = parent_of(order.kind, recipe.init, recipe.positions, told.identity.base, told.config)
     tokenizer = HubTokenizer(order.model)
     learn = cut(splits.parts["learn"], tokenizer, order.recipe.window, bos=order.bos)
     select = cut(splits.parts["select"], tokenizer, order.recipe.window, bos=order.bos, most=1)
@@ -104,6 +110,7 @@ def planned(order: Order, splits: Splits) -> Plan:
         identity=told.identity,
         config=told.config,
         dense=dense,
+        parent=parent,
         learn=learn,
         select=select.select(few),
         data=splits.data,
@@ -150,11 +157,3 @@ def _check_room(order: Order, config: LlamaConfig) -> None:
 
 def _any_chat(documents: Sequence[Document]) -> bool:
     return any(document.turns for document in documents)
-
-
-def _init_digest(init: str) -> str:
-    """The bytes of a file, else the words themselves."""
-    file = Path(init).expanduser()
-    if init.startswith("text:") or not file.is_file():
-        return init
-    return f"sha256:{hashlib.sha256(file.read_bytes()).hexdigest()}"

@@ -20,9 +20,10 @@ from torch import Tensor
 from lab.data.windows import Tokenizer
 from lab.evaluate.forward import own_kv
 from lab.learn.recipe import LearnError
+from llama.config import LlamaConfig
 from llama.model import Llama
 from prompts_store.errors import InvalidArtifact
-from prompts_store.file import read_prompt
+from prompts_store.file import Limits, read_prompt
 from prompts_store.prompt import Kind, SoftPrompt
 
 WORDS = (
@@ -40,44 +41,37 @@ class Start:
     parents: tuple[str, ...] = ()
 
 
-def start(kind: Kind, init: str, n: int, base: str, model: Llama, tokenizer: Tokenizer, seed: int) -> Start:
-    """N positions of this kind for the model. Raises LearnError."""
-    parents: tuple[str, ...] = ()
-    if init in ("first", "random") or init.partition(":")[0] == "text":
+def start(
+    kind: Kind, init: str, n: int, parent: SoftPrompt | None, model: Llama, tokenizer: Tokenizer, seed: int
+) -> Start:
+    """N positions of this kind for the model; `parent` as `parent_of` gave it. Raises LearnError."""
+    if parent is None:
         tensors: Mapping[str, Tensor] = {"prompt_embeddings": _table_rows(init, n, model, tokenizer, seed)}
     else:
-        prompt = _parent(Path(init).expanduser(), kind, n, base)
-        tensors, parents = prompt.first(n).tensors, (prompt.digest,)
+        tensors = parent.first(n).tensors
     if kind == "kv" and "keys" not in tensors:
         tensors = own_kv(model, tensors)
     tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in tensors.items()}
-    _check_shapes(init, model, tensors)
-    return Start(tensors, parents)
+    return Start(tensors, () if parent is None else (parent.digest,))
 
 
-def _table_rows(init: str, n: int, model: Llama, tokenizer: Tokenizer, seed: int) -> Tensor:
-    """(N, H) of the embedding table."""
-    size = model.config.vocab_size
-    if init == "first":
-        if n > size:
-            raise LearnError(f"positions is {n}, but the embedding table has only {size} rows")
-        ids = torch.arange(n)
-    elif init == "random":
-        ids = torch.randint(size, (n,), generator=torch.Generator().manual_seed(seed))
-    else:
-        words = init.partition(":")[2] or WORDS
-        told = tokenizer.encode(words, "none")
-        if not told:
-            raise LearnError("init is a text without a token; write some words behind text:")
-        ids = torch.tensor((told * (n // len(told) + 1))[:n])
-    return model.embed(ids.to(model.device))
-
-
-def _parent(file: Path, kind: Kind, n: int, base: str) -> SoftPrompt:
+def parent_of(kind: Kind, init: str, n: int, base: str, config: LlamaConfig) -> SoftPrompt | None:
+    """The prompt that `init` names, found to fit before a model is read; None if it names none. Raises LearnError."""
+    if init in ("first", "random", "text") or init.startswith("text:"):
+        if init == "first" and n > config.vocab_size:
+            raise LearnError(f"positions is {n}, but the embedding table has only {config.vocab_size} rows")
+        return None
+    file = Path(init).expanduser()
     if not file.is_file():
-        raise LearnError(f"init is {str(file)!r}: neither first, random, text, text:WORDS nor a prompt file")
+        raise LearnError(f"init is {init!r}: neither first, random, text, text:WORDS nor a prompt file")
+    shapes = Limits(
+        hidden_size=config.hidden_size,
+        num_layers=config.num_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+    )
     try:
-        prompt = read_prompt(file, default_base=base).prompt
+        prompt = read_prompt(file, shapes, default_base=base).prompt
     except InvalidArtifact as error:
         raise LearnError(f"init {file}: {error.message}") from error
     if prompt.base != base:
@@ -91,11 +85,16 @@ def _parent(file: Path, kind: Kind, n: int, base: str) -> SoftPrompt:
     return prompt
 
 
-def _check_shapes(init: str, model: Llama, tensors: Mapping[str, Tensor]) -> None:
-    config = model.config
-    for name, tensor in tensors.items():
-        n = tensor.shape[0] if name == "prompt_embeddings" else tensor.shape[2]
-        rows, kv = (n, config.hidden_size), (config.num_layers, config.num_kv_heads, n, config.head_dim)
-        wanted = rows if name == "prompt_embeddings" else kv
-        if tuple(tensor.shape) != wanted:
-            raise LearnError(f"init {init}: {name} is {tuple(tensor.shape)}, this model needs {wanted}")
+def _table_rows(init: str, n: int, model: Llama, tokenizer: Tokenizer, seed: int) -> Tensor:
+    """(N, H) of the embedding table."""
+    if init == "first":
+        ids = torch.arange(n)
+    elif init == "random":
+        ids = torch.randint(model.config.vocab_size, (n,), generator=torch.Generator().manual_seed(seed))
+    else:
+        words = init.partition(":")[2] or WORDS
+        told = tokenizer.encode(words, "none")
+        if not told:
+            raise LearnError("init is a text without a token; write some words behind text:")
+        ids = torch.tensor((told * (n // len(told) + 1))[:n])
+    return model.embed(ids.to(model.device))
