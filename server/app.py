@@ -88,20 +88,7 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[State]:
-        backend = "directory" if "://" not in settings.store else settings.store.partition(":")[0]
-        registry = Registry(metrics, backend)
-        services = Services(
-            settings=settings,
-            store=store,
-            registry=registry,
-            host=host,
-            finder=PromptFinder(store, registry, golden, settings.prompt_cache),
-            golden=golden,
-            keys=KeyRing(store, registry),
-            bridge=Bridge(asyncio.get_running_loop()),
-            metrics=metrics,
-            created=int(time.time()),
-        )
+        services = _services(settings, store, host, golden, metrics)
         loading = asyncio.create_task(_load(host, load, on_failure))
         try:
             yield {"services": services}
@@ -128,6 +115,26 @@ def create_app(
     app.add_middleware(Edge, metrics=metrics, hosts=allowed_hosts(settings, store))
     _check_scopes(app)
     return app
+
+
+def _services(
+    settings: Settings, store: PromptStore, host: EngineHost, golden: GoldenTests, metrics: Metrics
+) -> Services:
+    """The parts of one app, on its running loop."""
+    backend = "directory" if "://" not in settings.store else settings.store.partition(":")[0]
+    registry = Registry(metrics, backend)
+    return Services(
+        settings=settings,
+        store=store,
+        registry=registry,
+        host=host,
+        finder=PromptFinder(store, registry, golden, settings.prompt_cache),
+        golden=golden,
+        keys=KeyRing(store, registry),
+        bridge=Bridge(asyncio.get_running_loop()),
+        metrics=metrics,
+        created=int(time.time()),
+    )
 
 
 async def _load(host: EngineHost, load: Callable[[], Engine], on_failure: Failed) -> None:
