@@ -66,6 +66,7 @@ ComputeName = Annotated[
         "--compute", help="packed, or a copy in float32 or bfloat16: more memory, faster.", rich_help_panel=NUMERICS
     ),
 ]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell the plan and its memory, and learn nothing.")]
 
 
 def learn(
@@ -90,6 +91,7 @@ def learn(
     dtype: Dtype = "auto",
     device: Device = "auto",
     compute: ComputeName = "auto",
+    dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Learn a prompt through the weights that will be served. A command that was cut short goes on where it stopped."""
@@ -130,7 +132,34 @@ def learn(
         splits = split(documents(data, data_root))
     except DataError as error:
         raise CommandError(f"--data: {error}") from error
-    _carry_out(order, splits, run, out, cache, as_json)
+    if dry_run:
+        return tell(_outlook(order, splits), as_json)
+    return _carry_out(order, splits, run, out, cache, as_json)
+
+
+def _outlook(order: Order, splits: Splits) -> dict[str, Any]:
+    """What would be learned, on how much, and the bytes that it takes."""
+    from dataclasses import asdict
+
+    from lab.learn.budget import steps_of
+    from lab.learn.estimate import estimate, learned_elements
+    from lab.learn.order import planned
+
+    plan = planned(order, splits)
+    memory = estimate(plan.config, order.kind, order.recipe, plan.dtype, plan.compute, plan.dense is not None)
+    return {
+        "kind": order.kind,
+        "level": plan.identity.level,
+        "weights": plan.identity.weights,
+        "parameters": learned_elements(plan.config, order.kind, order.recipe.positions),
+        "steps": None if order.budget.unit == "seconds" else steps_of(order.budget, plan.learn, order.recipe),
+        "learn_windows": len(plan.learn),
+        "select_windows": len(plan.select),
+        "device": plan.device.type,
+        "compute": plan.compute,
+        **{f"{name}_bytes": size for name, size in asdict(memory).items()},
+        "peak_bytes": memory.peak,
+    }
 
 
 def _carry_out(order: Order, splits: Splits, run: Path | None, out: Path | None, cache: Path, as_json: bool) -> None:

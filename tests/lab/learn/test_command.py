@@ -154,6 +154,16 @@ def test_a_rate_that_blows_up_says_so_and_leaves_the_state(dense, pages, tmp_pat
     assert (tmp_path / "run" / "state.safetensors").exists()
 
 
+def test_a_dry_run_tells_the_plan_and_writes_nothing(dense, pages, tmp_path):
+    told = answer(dense, pages, tmp_path, "--dry-run", "--tokens", 480)
+    assert (told["steps"], told["parameters"], told["compute"]) == (10, 4 * 32, "float32")
+    assert (
+        told["peak_bytes"]
+        == told["weights_bytes"] + told["activations_bytes"] + told["logits_bytes"] + (told["learned_bytes"])
+    )
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_in_the_same_prompt(dense, pages, tmp_path, full):
     more = ("--steps", 300, "--set", "selections=60", "--kind", "kv", "--json")
