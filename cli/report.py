@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -10,6 +9,7 @@ import typer
 
 from cli.options import Config
 from cli.output import AsJson, CommandError, tell
+from cli.transfer import opened_store
 
 Runs = Annotated[
     list[Path] | None,
@@ -38,17 +38,14 @@ def report(
     Shown are compressions, learning, evaluations (run folders, or what `evaluate --json` printed, kept as FILE.json)
     and transfer, each figure with its interval, seeds, digests and command. What is missing is said to be.
     """
-    from cli.local import open_store
     from lab.report.evidence import gather
     from lab.report.report import page_of
     from lab.report.sizes import original_bytes
     from lab.report.write import html, markdown
     from lab.run import write_bytes
-    from server.settings import load_settings
 
     size = None if original is None else (original.name, original_bytes(original))
-    with ExitStack() as stack:
-        opened = stack.enter_context(open_store(load_settings(config, store=store))) if store is not None else None
+    with opened_store(store, config, needed=store is not None) as opened:
         evidence = gather(runs or [Path("runs/lab")], opened)
     if not evidence.records and not evidence.measured:
         raise CommandError("there is nothing to report: no run folder, no evaluation and no measurement; name RUNS")

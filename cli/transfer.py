@@ -102,7 +102,7 @@ def transfer(
     asked.check(level or [])
     seconds = _seconds(budget) if in_situ else None
     found = models_of([find_model(name) for name in asked.names], level or [], base)
-    with _opened(store, config, needed=store is not None or not prompt) as registry:
+    with opened_store(store, config, needed=store is not None or not prompt) as registry:
         contenders = _contenders(registry, prompt or [], task or [], found[0].identity.base)
         samples = _samples(asked, contenders, found)
         order = Order(found, contenders, samples, window, dtype, device, base, seconds)
@@ -142,14 +142,22 @@ class _Asked:
 
 
 @contextmanager
-def _opened(store: str | None, config: Path | None, needed: bool) -> Iterator[PromptStore | None]:
+def opened_store(store: str | None, config: Path | None, needed: bool) -> Iterator[PromptStore | None]:
+    """The local store, held until the context is left; None where it is not needed. Raises CommandError."""
     if not needed:
         yield None
         return
     from cli.local import open_store
+    from prompts_store.errors import StoreLocked
     from server.settings import load_settings
 
-    with open_store(load_settings(config, store=store)) as registry:
+    try:
+        opened = open_store(load_settings(config, store=store))
+    except CommandError as error:
+        if isinstance(error.__cause__, StoreLocked):
+            raise CommandError(f"{error.__cause__.message}; stop that one while this command has the store") from error
+        raise
+    with opened as registry:
         yield registry
 
 

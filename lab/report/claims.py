@@ -14,6 +14,7 @@ from typing import Any
 
 from lab.evaluate.bootstrap import Estimate
 from lab.report.evidence import Evidence, Record, estimate
+from lab.report.page import GAP
 
 
 @dataclass(frozen=True)
@@ -34,8 +35,15 @@ class Claim:
 
     @property
     def method(self) -> str:
-        """How the model was compressed: by a run of ours, or while it was loaded."""
-        return str(self.made.figures.get("method")) if self.made else "at load" if self.level != "dense" else "-"
+        """How the model was compressed, if a run that did it is at hand."""
+        return str(self.made.figures.get("method")) if self.made else "-" if self.level == "dense" else GAP
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """Of the checkpoint; None for a level that may have been made while loading, from a larger one."""
+        if self.made is None and self.level != "dense":
+            return None
+        return self.told.get("disk_bytes")
 
     @property
     def prompt(self) -> Mapping[str, Any]:

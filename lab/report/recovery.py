@@ -13,7 +13,7 @@ from lab.evaluate.bootstrap import MARGIN, Estimate
 from lab.evaluate.recovery import LEAST_GAP
 from lab.report.claims import Claim, groups, prompted
 from lab.report.evidence import estimate
-from lab.report.page import GAP, Chart, Section, Table, nats, number, share, short
+from lab.report.page import GAP, Chart, Section, Table, megabytes, nats, number, share, short
 from lab.report.plots import Point, scatter
 from lab.report.sources import Sources
 
@@ -52,7 +52,8 @@ def recovery_section(found: Sequence[Claim], sources: Sources) -> Section:
     rows = [row for group in groups(shown) for row in _rows(group, sources)]
     table = Table("What a prompt brings back", COLUMNS, rows, _notes(shown))
     x: Mapping[str, Callable[[Claim], float | None]] = {
-        "model on disk, MB": lambda c: c.told["disk_bytes"] / 1e6 if c.told.get("disk_bytes") else None,
+        "model on disk, MB": lambda c: c.disk_bytes and c.disk_bytes / 1e6,
+        "model in memory, MB": lambda c: c.told["bytes"] / 1e6 if c.told.get("bytes") else None,
         "positions N": lambda c: c.positions,
         "tokens learned": lambda c: c.tokens,
     }
@@ -63,18 +64,19 @@ def recovery_section(found: Sequence[Claim], sources: Sources) -> Section:
 def plain_section(found: Sequence[Claim], sources: Sources) -> Section:
     """Models without a prompt, by bytes: at equal ones it shows whose compression is better."""
     seen: dict[tuple[str, str | None], list[str]] = {}
-    by_bytes = sorted(found, key=lambda c: (c.told.get("disk_bytes") or 0, c.level))
+    by_bytes = sorted(found, key=lambda c: (c.disk_bytes or c.told.get("bytes") or 0, c.level))
     for claim in by_bytes:
         perplexity = _without(claim)
         if perplexity is None:
             continue
         gap = claim.measure("gap") or (estimate(claim.told.get("nll_above_dense")) if not claim.prompt else None)
         kl = claim.measure("kl") or (estimate(claim.told.get("kl")) if not claim.prompt else None)
-        size = number(claim.told["disk_bytes"] / 1e6, ".1f") if claim.told.get("disk_bytes") else GAP
-        row = [size, claim.level, claim.method, claim.data, number(perplexity), nats(gap), nats(kl)]
+        sizes = [megabytes(claim.disk_bytes), megabytes(claim.told.get("bytes"))]
+        row = [*sizes, claim.level, claim.method, claim.data, number(perplexity), nats(gap), nats(kl)]
         seen.setdefault((str(claim.told.get("weights")), claim.data_digest), [*row, sources.cite(claim.record)])
     columns = (
         "disk, MB",
+        "resident, MB",
         "level",
         "method",
         "data",
@@ -83,7 +85,7 @@ def plain_section(found: Sequence[Claim], sources: Sources) -> Section:
         "KL(dense ‖ ·), nats",
         "source",
     )
-    note = "A level made while it is loaded lies on disk as the dense checkpoint does."
+    note = "A level that no run at hand has made may have been made while loading: then nothing of it lies on disk."
     return Section("Models without a prompt", (), (Table("By bytes", columns, list(seen.values()), (note,)),))
 
 

@@ -68,9 +68,9 @@ def sizes_section(
         rows.append(_compressed(record, sources))
     known = {record.figures.get("weights") for record in made}
     for claim in {str(c.told.get("weights")): c for c in found if c.told.get("weights") not in known}.values():
-        bytes_ = [megabytes(claim.told.get(field)) for field in ("disk_bytes", "bytes")]
+        sizes = [megabytes(each) for each in (claim.disk_bytes, claim.told.get("bytes"))]
         source = sources.cite(claim.record)
-        rows.append([str(claim.told.get("model")), claim.level, claim.method, *bytes_, GAP, GAP, GAP, source])
+        rows.append([str(claim.told.get("model")), claim.level, claim.method, *sizes, GAP, GAP, GAP, source])
     return Section("Sizes", (TEXT,), (Table("What models weigh", SIZES, rows),))
 
 

@@ -163,5 +163,13 @@ def test_what_cannot_be_done_is_said_in_a_line(cli, store, model, pages, wrong, 
     assert said in failed.stderr
 
 
+def test_a_store_that_is_in_use_is_told_with_what_to_do(cli, store, model, pages):
+    with PromptStore.open(store):
+        failed = cli("transfer", model, "--store", store, "--data", pages, *SIZE)
+    assert failed.exit_code == 1
+    assert "stop that one" in failed.stderr
+    assert "--url" not in failed.stderr
+
+
 def test_help_fits_a_screen(cli):
     assert len(cli("transfer", "--help").stdout.splitlines()) <= 50

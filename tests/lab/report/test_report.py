@@ -190,7 +190,7 @@ def test_measurements_of_the_registry_are_shown_once(whole, tmp_path):
 def test_charts_draw_what_the_tables_hold(whole):
     pytest.importorskip("matplotlib")
     text = html(page(whole))
-    assert text.count("<svg") == 4  # against bytes, N and tokens; one heat map
+    assert text.count("<svg") == 5  # against bytes on disk and in memory, N and tokens; one heat map
     assert "+0.042" in text
     assert text == html(page(whole))  # the same runs, the same bytes
 
