@@ -15,6 +15,7 @@ from lab.report.page import Chart
 
 MISSING = "Not drawn: matplotlib is not installed (pip install 'promptstitch[lab]'). The tables hold the same figures."
 EMPTY = "Nothing to draw: none of the runs measured this."
+LOG_FROM = 10.0  # times the least x
 STYLE = {"svg.hashsalt": "promptstitch", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
 NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
 
@@ -31,7 +32,7 @@ class Point:
 
 
 def scatter(title: str, points: Sequence[Point], x: str, y: str) -> Chart:
-    """One mark for each point with its interval; the x axis is logarithmic."""
+    """One mark for each point with its interval; the x axis is logarithmic where it is wide. All x are above 0."""
     if not points:
         return Chart(title, None, EMPTY)
 
@@ -44,7 +45,9 @@ def scatter(title: str, points: Sequence[Point], x: str, y: str) -> Chart:
             ]
             spans = [[max(0.0, span) for span in side] for side in spans]
             axes.errorbar([p.x for p in series], [p.y for p in series], spans, fmt="o", capsize=3, label=label)
-        axes.set_xscale("log")
+        if max(p.x for p in points) > LOG_FROM * min(p.x for p in points):
+            axes.set_xscale("log")
+        axes.xaxis.set_major_formatter("{x:,.0f}")
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.grid(alpha=0.3)

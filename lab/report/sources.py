@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from lab.report.evidence import Evidence, Measured, Record
 from lab.report.page import GAP, Section, Table
@@ -57,12 +58,14 @@ def _told(record: Record) -> list[str]:
     figures, config = record.figures, record.config
     told = {"config": record.digest, "weights": figures.get("weights"), "prompt": figures.get("prompt_digest")}
     told |= {"prompt": figures["digest"]} if figures.get("digest") and not told["prompt"] else {}
+    told |= {"models": " ".join(each["weights"] for each in config.get("models") or ())}
+    told |= {"prompts": " ".join(config.get("prompts") or ())}
     digests = ", ".join(f"{name} {value}" for name, value in told.items() if value)
     text, data = figures.get("text"), config.get("data")
     if isinstance(text, dict):
         data = text.get("digest")
     elif isinstance(data, list):
-        data = ", ".join(f"{each.get('data')}/{each.get('split')} {each.get('digest')}" for each in data)
+        data = ", ".join(f"{Path(str(each['data'])).name}/{each['split']} {each['digest']}" for each in data)
     seed = GAP if record.seed is None else str(record.seed)
     return [seed, digests or GAP, str(data or GAP), str(figures.get("scored_tokens", "-")), record.name]
 

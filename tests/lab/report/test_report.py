@@ -44,7 +44,12 @@ def whole(runs) -> Runs:
     runs.evaluated("w4", **evaluation(PROMPTS[2], W4, "w4g64", recovery=small))
     runs.add(
         "table",
-        {"command": "transfer", "data": []},
+        {
+            "command": "transfer",
+            "models": [{"level": "w3g64", "weights": W3}, {"level": "w4g64", "weights": W4}],
+            "prompts": [PROMPTS[0]],
+            "data": [{"data": "/a/place/c4", "split": "report", "digest": WINDOWS, "windows": 201}],
+        },
         {
             "cells": [
                 cell(PROMPTS[0], W3, True, 0.91),
@@ -121,8 +126,9 @@ def test_markdown_and_html_hold_the_same_cells_in_the_same_order(whole):
 
 def test_every_digest_and_every_command_is_named(whole):
     for text in (html(page(whole)), markdown(page(whole))):
-        for named in (W3, W4, PROMPTS[0], PROMPTS[1], PROMPTS[2], TEXT):
+        for named in (W3, W4, PROMPTS[0], PROMPTS[1], PROMPTS[2], TEXT, WINDOWS):
             assert named in text
+        assert "/a/place" not in text
         for folder in ("report-0", "report-1", "w4", "table", "learn-0", "w3"):
             assert json.loads((whole.root / folder / "config.json").read_text())["digest"] in text
         assert sys.argv[0].rpartition("/")[2] in text  # the command line that made the runs
