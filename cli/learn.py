@@ -95,23 +95,15 @@ def learn(
     as_json: AsJson = False,
 ) -> None:
     """Learn a prompt through the weights that will be served. A command that was cut short goes on where it stopped."""
+    from cli.model import find_model
     from lab.data.documents import DataError
     from lab.data.named import documents
     from lab.data.splits import split
     from lab.learn.budget import parse_budget
     from lab.learn.order import Order
-
-    if kind not in ("rows", "kv", "lora", "norms"):
-        raise CommandError(f"--kind is {kind!r}; it is rows, kv, lora or norms", usage=True)
-    if kind in ("lora", "norms") and out is not None:
-        raise CommandError(
-            f"--kind {kind} is a control and leaves figures alone; give --run in place of --out", usage=True
-        )
-    if bos not in ("tokenizer", "none", "after_prompt"):
-        raise CommandError(f"--bos is {bos!r}; it is tokenizer, none or after_prompt", usage=True)
-    from cli.model import find_model
     from lab.learn.recipe import parse_change, read_recipe
 
+    _check_words(kind, bos, out)
     changes = dict(map(parse_change, change or ())) | ({} if init is None else {"init": init})
     told = read_recipe(recipe, kind, changes)  # type: ignore[arg-type]
     order = Order(
@@ -135,6 +127,17 @@ def learn(
     if dry_run:
         return tell(_outlook(order, splits), as_json)
     return _carry_out(order, splits, run, out, cache, as_json)
+
+
+def _check_words(kind: str, bos: str, out: Path | None) -> None:
+    if kind not in ("rows", "kv", "lora", "norms"):
+        raise CommandError(f"--kind is {kind!r}; it is rows, kv, lora or norms", usage=True)
+    if kind in ("lora", "norms") and out is not None:
+        raise CommandError(
+            f"--kind {kind} is a control and leaves figures alone; give --run in place of --out", usage=True
+        )
+    if bos not in ("tokenizer", "none", "after_prompt"):
+        raise CommandError(f"--bos is {bos!r}; it is tokenizer, none or after_prompt", usage=True)
 
 
 def _outlook(order: Order, splits: Splits) -> dict[str, Any]:
