@@ -54,6 +54,11 @@ class Ledger:
         self._values["misfits"][place.weights] = misfits
         self._save()
 
+    def put_misfit(self, weights: str, digest: str, why: str) -> None:
+        """A prompt that turned out not to fit this model. Raises RunError."""
+        self._values["misfits"][weights] = {**self.misfits(weights), digest: why}
+        self._save()
+
     def misfits(self, weights: str) -> dict[str, str]:
         """Why some prompts do not fit this model, by digest."""
         return dict(self._values["misfits"].get(weights, {}))

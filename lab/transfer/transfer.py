@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.stitch import mismatch
-from lab.evaluate.score import score
+from lab.evaluate.score import NotFiniteLoss, score
 from lab.progress import Report
 from lab.run import Run
 from lab.transfer.cells import Cell, Place
@@ -134,11 +134,18 @@ def _measure(order: Order, model: Model, ledger: Ledger, report: Report) -> None
         loaded = _load(order, model, report)
         ledger.put_place(_place(loaded), _misfits(order, loaded))
     fitting = [p for p in _prompts(order.contenders) if p.digest not in ledger.misfits(weights)]
+    conditions: list[SoftPrompt | None] = [None, *fitting]
     for sample in order.samples:
-        for prompt, start in _missing(order, weights, sample, [None, *fitting], ledger):
+        for prompt, start in _missing(order, weights, sample, conditions, ledger):
             loaded = loaded or _load(order, model, report)
             windows = sample.rows(start, start + SLICE, UNPROMPTED if prompt is None else prompt.bos)
-            ledger.add(weights, sample, prompt, score(loaded.model, windows, prompt).nll.double().sum(1))
+            try:
+                ledger.add(weights, sample, prompt, score(loaded.model, windows, prompt).nll.double().sum(1))
+            except NotFiniteLoss as error:
+                if prompt is None:
+                    raise ModelError(f"{model.folder} at {model.identity.level}: {error}") from error
+                ledger.put_misfit(weights, prompt.digest, str(error))
+                conditions.remove(prompt)
             report(f"transfer, {model.identity.level} on {sample.data}/{sample.split}", *_far(order, ledger))
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from support.checkpoints import model as reference
 from support.checkpoints import save
-from support.tiny import ByteTokenizer, rows
+from support.tiny import ByteTokenizer, kv, rows
 
 from lab.data.documents import DataError, Document
 from lab.evaluate.score import score
@@ -16,6 +16,7 @@ from lab.transfer import transfer as module
 from lab.transfer.prompts import Contender
 from lab.transfer.samples import parts, sample
 from lab.transfer.transfer import models_of, transfer
+from llama.config import LlamaConfig
 from llama.errors import ModelError
 from llama.load import load
 
@@ -143,6 +144,14 @@ def test_a_prompt_that_cannot_stand_here_is_left_out_and_named(order, contenders
     whys = {name: why for name, _, why in outcome.left_out}
     assert "128" in whys["wide@1"]
     assert "window of 32" in whys["long@1"]
+
+
+def test_a_prompt_that_breaks_the_arithmetic_is_left_out_and_the_others_are_measured(order, base, contenders, tmp_path):
+    config = LlamaConfig.from_hf(reference().config.to_dict())
+    wild = Contender(kv(2, config, 9, scale=1e38, base=base), "wild@1", "wild", 1)
+    outcome = carried_out(order(contenders=[wild, *contenders]), tmp_path)
+    assert len(outcome.cells) == 3 * len(contenders)
+    assert {name for name, _, _ in outcome.left_out} == {"wild@1"}
 
 
 def test_models_of_one_base_each_weights_once(dense, tmp_path):
