@@ -12,12 +12,14 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from llama import native
 from llama.errors import BrokenCheckpoint
 from llama.formats.bitsandbytes import NF4_VALUES
 from llama.formats.matrix import DenseMatrix, IntMatrix, Matrix, Nf4Matrix, Q8Matrix
 from llama.int4 import GROUPS, Int4Linear, kernel_block
 from llama.linear import DenseLinear, FusedLinear, Linear
 from llama.packed import TWOS_COMPLEMENT, CodebookLinear, Int8Linear, PackedLinear, scale_dtype
+from llama.panels import PanelLinear
 from llama.q8 import Q8Linear
 
 FILL_WEIGHTS = 1 << 20  # read, quantised and packed at once
@@ -52,9 +54,11 @@ def build_linear(module: str, parts: Sequence[Matrix], bias: Tensor | None, targ
         return _fill(module, _int_layer(ints, bias, target), ints, target)
     nf4 = [part for part in parts if isinstance(part, Nf4Matrix)]
     if len(nf4) == len(parts) and len({part.block for part in nf4}) == 1:
-        block, scales = nf4[0].block, torch.float32
-        layer = CodebookLinear(_shape(nf4), NF4_VALUES, block, scales, target.dtype, target.place, bias)
-        return _fill(module, layer, nf4, target)
+        block, kept = nf4[0].block, torch.float32
+        shape, dtype, place = _shape(nf4), target.dtype, target.place
+        if ours := _kernels(nf4, block, target):
+            return _fill(module, PanelLinear(ours, shape, NF4_VALUES, block, kept, dtype, place, bias), nf4, target)
+        return _fill(module, CodebookLinear(shape, NF4_VALUES, block, kept, dtype, place, bias), nf4, target)
     if len(parts) == 1 and isinstance(parts[0], Q8Matrix):
         return build_q8(module, parts[0], bias, target)
     biases = [None] * len(parts) if bias is None else torch.split(bias, [part.shape[0] for part in parts])
@@ -83,6 +87,10 @@ def _int_layer(parts: Sequence[IntMatrix], bias: Tensor | None, target: Target) 
     shape, group, order = _shape(parts), parts[0].group, parts[0].order
     order = None if order is None else order.to(target.place)
     offsets = any(part.has_offsets for part in parts)
+    if ours := _kernels(parts, group, target):
+        values = None if parts[0].bits > 4 else TWOS_COMPLEMENT
+        scales, place = scale_dtype(target.dtype), target.place
+        return PanelLinear(ours, shape, values, group, scales, target.dtype, place, bias, order, offsets)
     if parts[0].bits > 4:
         return Int8Linear(shape, group, target.dtype, target.place, bias, order, offsets)
     if (target.dtype, target.device.type) == (torch.bfloat16, "cpu") and group in GROUPS:
@@ -91,6 +99,15 @@ def _int_layer(parts: Sequence[IntMatrix], bias: Tensor | None, target: Target) 
             return Int4Linear(shape, group, block, bias, order, target.place)
     scales = scale_dtype(target.dtype)
     return CodebookLinear(shape, TWOS_COMPLEMENT, group, scales, target.dtype, target.place, bias, order, offsets)
+
+
+def _kernels(parts: Sequence[IntMatrix | Nf4Matrix], group: int, target: Target) -> native.Kernels | None:
+    """Ours if they multiply these matrices: in whole panels one under another, and rows in whole groups."""
+    (_, k), alone = parts[0].shape, len(parts) == 1
+    fits = k % group == 0 and (alone or all(part.shape[0] % native.PANEL == 0 for part in parts))
+    # In fp32, where exactness is asked for, torch's product sums in shorter stretches and is closer to the true one.
+    computed = (target.device.type, target.dtype) == ("cpu", torch.bfloat16)
+    return native.kernels() if fits and computed else None
 
 
 def _fill(

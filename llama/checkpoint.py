@@ -61,6 +61,12 @@ class Checkpoint:
         self._slice(name)
         return _finite(name, self._shards[name].get_tensor(name))
 
+    def octets(self, name: str) -> Tensor:
+        """The bytes of a tensor (n,) uint8, whatever dtype they are filed under."""
+        self._slice(name)
+        stored: Tensor = self._shards[name].get_tensor(name)
+        return stored.flatten().view(torch.uint8)
+
     def unused(self) -> list[str]:
         """Names that nobody asked for, in order."""
         return sorted(self._shards.keys() - self._used)

@@ -9,26 +9,41 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
-import time
-from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 PANEL = 32  # outputs of a panel of weights
+SCALES = (torch.bfloat16, torch.float32, torch.float16)  # what scales may be kept in, as the product numbers them
+DOT_GAIN = 1.5  # of the bf16 dot product over fp32's multiply-add: from here on oneDNN, which uses it, is ahead
 LANES = 16  # what page sizes and head widths must be multiples of
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "panels": (POINTER, LONG, LONG, POINTER),
-    "gemm": (POINTER, POINTER, POINTER, LONG, LONG, LONG, POINTER),
+    "gemm": (INT, INT, INT, *[POINTER] * 5, LONG, POINTER, LONG, LONG, LONG, POINTER),
     "norm": (POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
     "rotate": (POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER),
     "swiglu": (POINTER, LONG, LONG, POINTER),
     "write": (INT, POINTER, LONG, POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER),
     "attention": (INT, POINTER, LONG, *[POINTER] * 3, LONG, *[POINTER] * 2, *[LONG] * 5, FLOAT, POINTER),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Coded:
+    """Packed weights as `Kernels.coded` reads them: for each 32 outputs, and each input in turn, their codes.
+
+    codes (panels, K, 16) uint8, 4 bits each, output i in the low half of byte i and output i + 16 in the high one, or
+    (panels, K, 32) int8; scales and offsets (panels, groups, 32) in one of SCALES; values (16,) fp32, what a 4-bit
+    code means. W = value * scale + offset.
+    """
+
+    codes: Tensor
+    scales: Tensor
+    offsets: Tensor | None
+    values: Tensor | None
 
 
 class Kernels:
@@ -39,6 +54,13 @@ class Kernels:
         for name, signature in SIGNATURES.items():
             self._call[name].argtypes, self._call[name].restype = signature, None
 
+        self._dot_gain = library.promptstitch_dot_gain
+        self._dot_gain.restype = ctypes.c_double
+
+    def dot_gain(self) -> float:
+        """Products a second of the bf16 dot product, which this CPU must have, over those of fp32's multiply-add."""
+        return float(self._dot_gain())
+
     def panels(self, weight: Tensor) -> Tensor:
         """W (N, K) → (ceil(N / 32), K, 16) int32, as `linear` reads it."""
         (n, k), weight = weight.shape, weight.contiguous()
@@ -48,10 +70,34 @@ class Kernels:
 
     def linear(self, x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
         """x (T, K) → x Wᵀ + b (T, N), summed in fp32."""
+        return self._product(16, x, panels, None, None, None, x.shape[1], bias, out_features)
+
+    def coded(self, x: Tensor, weights: Coded, bias: Tensor | None, out_features: int) -> Tensor:
+        """x (T, K) bf16 or fp32, bias alike → x Wᵀ + b (T, N), summed in fp32."""
+        codes, scales, offsets = weights.codes, weights.scales, weights.offsets
+        group = codes.shape[1] // scales.shape[1]
+        bits = codes.shape[2] // (PANEL // 8)
+        return self._product(bits, x, codes, scales, offsets, weights.values, group, bias, out_features)
+
+    def _product(
+        self,
+        bits: int,
+        x: Tensor,
+        panels: Tensor,
+        scales: Tensor | None,
+        offsets: Tensor | None,
+        values: Tensor | None,
+        group: int,
+        bias: Tensor | None,
+        out_features: int,
+    ) -> Tensor:
         x = x.contiguous()
         (m, k), y = x.shape, x.new_empty(x.shape[0], out_features)
+        packed = (panels.data_ptr(), *(None if t is None else t.data_ptr() for t in (scales, offsets, values)), group)
         b = None if bias is None else bias.data_ptr()
-        self._call["gemm"](x.data_ptr(), panels.data_ptr(), b, m, out_features, k, y.data_ptr())
+        kept = 0 if scales is None else SCALES.index(scales.dtype)
+        wide = x.dtype == torch.float32
+        self._call["gemm"](bits, kept, wide, x.data_ptr(), *packed, b, m, out_features, k, y.data_ptr())
         return y
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -123,19 +169,8 @@ def fused(x: Tensor) -> Kernels | None:
 
 @cache
 def product() -> Kernels | None:
-    """The kernels if their product of bf16 is faster here than torch's, which has matrix units where ours has none."""
+    """The kernels if their product of bf16 beats oneDNN's here, which uses matrix units and bf16 dot products."""
     ours = kernels()
-    if ours is None:
+    if ours is None or torch.cpu._is_amx_tile_supported():
         return None
-    x, weight = torch.ones(64, 512, dtype=torch.bfloat16), torch.ones(1024, 512, dtype=torch.bfloat16)
-    panels = ours.panels(weight)
-    return ours if _time(lambda: ours.linear(x, panels, None, 1024)) < _time(lambda: F.linear(x, weight)) else None
-
-
-def _time(call: Callable[[], object]) -> float:
-    def once() -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
-    return min(once() for _ in range(10))
+    return ours if not torch.cpu._is_avx512_bf16_supported() or ours.dot_gain() < DOT_GAIN else None

@@ -74,7 +74,7 @@ class StoredNf4(Nf4Matrix):
         values = checkpoint.tensor(f"{name}.quant_map")
         if not torch.equal(values.float(), torch.tensor(NF4_VALUES)):
             raise UnsupportedModel(f"{name}.quant_map holds other values than those of NF4")
-        packed = checkpoint.tensor(name).flatten().view(torch.uint8)
+        packed = checkpoint.octets(name)
         if len(packed) != count // 2:
             raise BrokenCheckpoint(f"{name} holds {len(packed)} bytes, expected {count // 2}")
         self._packed = packed

@@ -11,11 +11,13 @@ from support import packers
 from support.checkpoints import LINEARS, logits, model, packed, relative, save
 from transformers import AutoModelForCausalLM
 
+from llama import native
 from llama.errors import UnsupportedModel
 from llama.int4 import Int4Linear, kernel_block
 from llama.linear import FusedLinear
 from llama.load import load
 from llama.packed import CodebookLinear, Int8Linear
+from llama.panels import PanelLinear
 from llama.rtn import dequantise, quantise
 
 IDS = torch.randint(0, 260, (60,), generator=torch.Generator().manual_seed(1))
@@ -179,8 +181,9 @@ def test_rounding_at_load(tmp_path, level):
     torch.testing.assert_close(logits(ours.model, IDS), logits(reference, IDS), atol=1e-4, rtol=0)
     half = load(tmp_path, level=level, dtype="bfloat16", device="cpu").model
     assert relative(logits(half, IDS), logits(reference, IDS)) < BF16
-    if bits <= 4 and kernel_block():
-        assert all(type(layer) is Int4Linear for layer in (half.blocks[0].qkv, half.blocks[1].down))
+    kind = PanelLinear if native.kernels() else Int4Linear if bits <= 4 and kernel_block() else None
+    if kind is not None:
+        assert all(type(layer) is kind for layer in (half.blocks[0].qkv, half.blocks[1].down))
 
 
 def test_groups_that_do_not_divide_a_row_are_refused_by_name(tmp_path):

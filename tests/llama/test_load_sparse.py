@@ -9,6 +9,7 @@ from support import packers
 from support.checkpoints import LINEARS, logits, model, packed, relative, save, write
 from transformers import AutoModelForCausalLM
 
+from llama import native
 from llama.embedding import DenseEmbedding, Q8Embedding
 from llama.errors import BrokenCheckpoint, ModelError, UnsupportedModel
 from llama.fingerprint import base_digest
@@ -19,6 +20,7 @@ from llama.linear import DenseLinear
 from llama.load import load
 from llama.model import CausalAttention, Llama
 from llama.packed import CodebookLinear, Int8Linear
+from llama.panels import PanelLinear
 from llama.q8 import Q8Linear, q8_grid, q8_nearest, q8_table
 from llama.rtn import BITS, dequantise, quantise
 from llama.sparse import SparseLayout
@@ -106,10 +108,11 @@ def test_a_sparse_checkpoint_is_its_dense_form(tmp_path, level):
 
 
 def test_four_bits_and_fewer_take_the_four_bit_kernel(tmp_path):
-    if kernel_block() is None:
+    if native.kernels() is None and kernel_block() is None:
         pytest.skip("torch's kernel of this CPU has another layout")
     folder = packed(tmp_path, model(), sparse_quantisation("w3g64-s50"), "w3g64-s50", sparse("w3g64-s50"))
-    assert type(load(folder, dtype="bfloat16", device="cpu").model.blocks[0].qkv) is Int4Linear
+    kind = Int4Linear if native.kernels() is None else PanelLinear
+    assert type(load(folder, dtype="bfloat16", device="cpu").model.blocks[0].qkv) is kind
 
 
 @pytest.mark.parametrize("level", KINDS)

@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from llama import native
+from llama.formats.bitsandbytes import NF4_VALUES
 from llama.linear import DenseLinear
+from llama.packed import TWOS_COMPLEMENT
+from llama.panels import PanelLinear
 from llama.rope import Rotation, rotate
 
 kernels = native.kernels()
@@ -36,6 +39,37 @@ def test_product_of_every_width(n, k):
     for tokens in (1, 2, 7, 30):
         x, weight = random(tokens, k), random(n, k)
         close(kernels.linear(x, kernels.panels(weight), None, n), x.float() @ weight.float().t())
+
+
+@pytest.mark.parametrize("scales", native.SCALES)
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize("values", [None, TWOS_COMPLEMENT, NF4_VALUES])
+def test_products_of_codes_equal_those_of_what_they_stand_for(values, offsets, scales):
+    n, k, group = 77, 832, 64  # more inputs than are unpacked at once
+    cpu, generator = torch.device("cpu"), torch.Generator().manual_seed(1)
+    codes = torch.randint(-8 if values else -128, 8 if values else 128, (n, k), generator=generator).to(torch.int8)
+    scale = torch.rand(n, k // group, generator=generator).to(scales)
+    shift = torch.randn(n, k // group, generator=generator).to(scales) if offsets else None
+    layer = PanelLinear(kernels, (n, k), values, group, scales, torch.bfloat16, cpu, random(n), with_offsets=offsets)
+    for start, stop in ((0, 32), (32, 77)):
+        layer.fill(start, codes[start:stop], scale[start:stop], None if shift is None else shift[start:stop])
+    meant = codes.float() if values is None else torch.tensor(values)[codes.int() & 15]
+    meant = meant.view(n, -1, group) * scale.float()[..., None] + (0 if shift is None else shift.float()[..., None])
+    meant = meant.view(n, k)
+    assert torch.equal(layer.dense(), meant.bfloat16())
+    for tokens in (1, 2, 3, 6, 7, 25):
+        x = random(tokens, k)
+        close(layer(x), F.linear(x.float(), meant, random(n).float()))
+
+
+def test_codes_over_inputs_in_another_order():
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(0))
+    layer = PanelLinear(
+        kernels, (32, 64), TWOS_COMPLEMENT, 32, torch.float32, torch.bfloat16, torch.device("cpu"), order=order
+    )
+    layer.fill(0, torch.arange(32 * 64).view(32, 64).remainder(16).sub(8).to(torch.int8), torch.ones(32, 2))
+    x = random(3, 64)
+    close(layer(x), x.float() @ layer.dense().float().t())
 
 
 def test_panels_give_the_weight_back():

@@ -3,6 +3,7 @@
 import pytest
 from support.checkpoints import model, save, write
 
+from llama import native
 from llama.formats.promptstitch import q8_tensors, with_q8_tables
 from llama.load import expected_bytes, load
 from llama.q8 import q8_nearest
@@ -12,6 +13,8 @@ from llama.q8 import q8_nearest
 @pytest.mark.parametrize("level", [None, "w4g64", "w8g32", "nf4", "int8"])
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_is_told_is_what_there_is(tmp_path, dtype, level, tied):
+    if dtype == "bfloat16" and native.product() is None:
+        pytest.skip("oneDNN rearranges dense weights here, and does not tell beforehand what it fills up")
     folder = save(tmp_path, model(tie_word_embeddings=tied))
     loaded = load(folder, level=level, dtype=dtype, device="cpu")
     assert expected_bytes(folder, loaded.identity.at_load, dtype=dtype, device="cpu") == loaded.resident_bytes
