@@ -37,6 +37,7 @@ COPY server server
 COPY engine engine
 COPY llama llama
 COPY prompts_store prompts_store
+COPY lab lab
 COPY cli cli
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
