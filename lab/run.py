@@ -34,12 +34,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lab.errors import RunError
+
 CONFIG, VERSIONS, COMMAND = "config.json", "versions.json", "command.txt"
 LOG, STATE, FIGURES = "log.jsonl", "state.safetensors", "figures.json"
-
-
-class RunError(Exception):
-    """A run cannot start or go on. The message says what to do; what the folder holds is intact."""
 
 
 @dataclass(frozen=True)

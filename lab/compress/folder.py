@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lab.run import RunError
+from lab.errors import RunError
 from llama.errors import ModelError
 from llama.fingerprint import weights_digest
 from llama.manifest import Manifest

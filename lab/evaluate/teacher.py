@@ -16,8 +16,8 @@ from filelock import FileLock
 from torch import Tensor
 
 from lab.data.windows import Windows
+from lab.errors import RunError
 from lab.evaluate.score import Progress, Teacher, predicting
-from lab.run import RunError
 from llama.load import LoadedModel
 from llama.model import Llama
 

@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lab.run import RunError
+from lab.errors import RunError
 
 Kind = Literal["rows", "kv", "lora", "norms"]
 KINDS: tuple[Kind, ...] = get_args(Kind)

@@ -16,8 +16,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lab.errors import RunError
 from lab.evaluate.bootstrap import Estimate
-from lab.run import COMMAND, CONFIG, FIGURES, VERSIONS, RunError
+from lab.run import COMMAND, CONFIG, FIGURES, VERSIONS
 from lab.transfer.prompts import every
 from prompts_store.records import Measurement, Version
 from prompts_store.store import PromptStore

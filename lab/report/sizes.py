@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lab.errors import RunError
 from lab.report.claims import Claim
 from lab.report.evidence import Evidence, Record
 from lab.report.page import GAP, Section, Table, megabytes, number, short
 from lab.report.sources import Sources
-from lab.run import RunError
 
 TEXT = (
     "Bytes on disk count everything in the weights' files: scales, masks, embeddings, norms. Resident bytes are those "

@@ -8,8 +8,8 @@ from llama.manifest import FILE
 
 
 def test_info_tells_the_fingerprint_and_what_a_level_would_give(answer, cli, model, base):
-    dense, packed = answer("info", model), answer("info", model, "--level", "w3g64")
-    assert (dense["name"], dense["level"], packed["level"]) == ("tiny", "dense", "w3g64")
+    dense, packed = answer("info", model), answer("info", model, "--level", "w3g32")
+    assert (dense["name"], dense["level"], packed["level"]) == ("tiny", "dense", "w3g32")
     assert dense["base"] == packed["base"] == base
     assert dense["weights"] != packed["weights"]
     assert (dense["layers"], dense["hidden_size"], dense["vocabulary"], dense["context"]) == (2, 64, 260, 2048)

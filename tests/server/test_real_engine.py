@@ -136,7 +136,8 @@ def test_pages_come_back_when_clients_go(real):
     assert got == [alone] * 8
     aborted = Counter(real.engine.stats().aborted) - before
     print(f"{LEAVING} hung up: {dict(aborted)}, all back {time.monotonic() - gone:.2f} s after the last")
-    assert finished(real) - done == 8  # all others were cut off: most in the engine, some before they came to it
+    # All others were cut off: most in the engine, some before they came to it; a few had their answer before they left.
+    assert 8 <= finished(real) - done <= 8 + LEAVING // 8
     assert aborted.total() > LEAVING / 2
     assert {"queued", "decode"} <= set(aborted)  # the prefill of so small a model is quick; see below
 

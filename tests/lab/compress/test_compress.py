@@ -19,8 +19,9 @@ from lab.compress.block import DenseBlock, Walk
 from lab.compress.compress import Order, compress, linear_weights, paper_bytes, planned
 from lab.compress.job import LAYER, Job
 from lab.compress.level import Level
+from lab.errors import RunError
 from lab.progress import silent
-from lab.run import RunError, open_run
+from lab.run import open_run
 from llama.checkpoint import Checkpoint
 from llama.errors import ModelError
 from llama.fingerprint import weights_digest

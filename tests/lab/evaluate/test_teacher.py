@@ -8,10 +8,10 @@ from support.checkpoints import model as reference
 from support.tiny import ours
 
 from lab.data.windows import windows
+from lab.errors import RunError
 from lab.evaluate import teacher as kept
 from lab.evaluate.score import score
 from lab.evaluate.teacher import teacher
-from lab.run import RunError
 from llama.identity import Identity
 from llama.load import LoadedModel
 

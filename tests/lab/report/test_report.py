@@ -11,11 +11,12 @@ import pytest
 import torch
 from support.runs import DENSE, PROMPTS, TEXT, W3, W4, WINDOWS, Runs, digest, evaluation, recovery, told
 
+from lab.errors import RunError
 from lab.report.evidence import gather
 from lab.report.page import GAP, Page, Table
 from lab.report.report import page_of
 from lab.report.write import html, markdown
-from lab.run import RunError, open_run
+from lab.run import open_run
 from prompts_store.file import PromptFile, Provenance
 from prompts_store.prompt import SoftPrompt
 from prompts_store.records import Measurement

@@ -9,9 +9,10 @@ from support.checkpoints import save
 from support.tiny import ByteTokenizer, kv, rows
 
 from lab.data.documents import DataError, Document
+from lab.errors import RunError
 from lab.evaluate.score import score
 from lab.progress import silent
-from lab.run import RunError, open_run
+from lab.run import open_run
 from lab.transfer import transfer as module
 from lab.transfer.prompts import Contender
 from lab.transfer.samples import parts, sample
