@@ -61,7 +61,7 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}", 1
     from lab.data.documents import DataError
-    from lab.run import RunError
+    from lab.errors import RunError
     from llama.errors import ModelError
 
     if isinstance(error, ModelError | DataError | RunError):
