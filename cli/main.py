@@ -19,8 +19,10 @@ from cli import (
     info,
     keys,
     learn,
+    matrix,
     prompts,
     pull,
+    recover,
     report,
     serve,
     transfer,
@@ -83,6 +85,8 @@ app.command()(info.info)
 app.command()(compress.compress)
 app.command()(evaluate.evaluate)
 app.command()(learn.learn)
+app.command()(recover.recover)
+app.command()(matrix.matrix)
 app.command()(transfer.transfer)
 app.command()(report.report)
 convert.add_to(prompts.app)

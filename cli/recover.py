@@ -1,0 +1,228 @@
+"""`promptstitch recover`: one command from a dense checkpoint to a measured prompt in the registry, ready to serve."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.learn import Bos, Changes, ComputeName, DataRoot, Device, Dtype, RecipeName, Seed, Steps, Tokens
+from cli.options import Config
+from cli.output import AsJson, CommandError, say, tell_json
+
+if TYPE_CHECKING:
+    from lab.publish import Published
+    from lab.recover import Outcome, Plan
+    from server.settings import Settings
+
+Model = Annotated[str, typer.Argument(help="Dense checkpoint: a folder, or a name that was pulled.")]
+Level = Annotated[
+    str | None,
+    typer.Option("--level", metavar="NAME", help="w3g64, w4g64-s50, nf4, …; left out: MODEL is compressed already."),
+]
+Task = Annotated[str, typer.Option("--task", help="Task to file the prompt under.")]
+Data = Annotated[str, typer.Option("--data", metavar="FILE|NAME", help="Text, JSON lines, a folder, or a name: c4.")]
+Budget = Annotated[str | None, typer.Option("--budget", metavar="TIME", help="Learning time: 90s, 15m, 1.5h.  [15m]")]
+KindName = Annotated[str, typer.Option("--kind", help="rows or kv.")]
+Store = Annotated[str | None, typer.Option("--store", metavar="DIR", help="Store that the prompt goes into.")]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="Run folder; one cut short goes on. Else in runs/.")
+]
+MethodName = Annotated[
+    str | None,
+    typer.Option("--method", metavar="NAME", help="gptq, rtn, sparsegpt, …: write a checkpoint, whatever the level."),
+]
+Out = Annotated[
+    Path | None, typer.Option("--out", metavar="DIR", help="The compressed checkpoint; else in the run folder.")
+]
+Dense = Annotated[
+    str | None, typer.Option("--dense", metavar="MODEL", help="The dense model, where MODEL is compressed already.")
+]
+Calibration = Annotated[int, typer.Option("--calibration-tokens", min=1, help="Read by the solver.")]
+Windows = Annotated[int, typer.Option("--windows", min=2, help="Windows that are scored of select and of report.")]
+Cache = Annotated[Path, typer.Option("--cache", metavar="DIR", help="Where dense models' states are kept.")]
+DEFAULT_BUDGET = "15m"
+
+
+def recover(
+    model: Model,
+    data: Data,
+    task: Task,
+    level: Level = None,
+    budget: Budget = None,
+    kind: KindName = "rows",
+    store: Store = None,
+    run: RunFolder = None,
+    method: MethodName = None,
+    out: Out = None,
+    dense: Dense = None,
+    recipe: RecipeName = "default",
+    change: Changes = None,
+    tokens: Tokens = None,
+    steps: Steps = None,
+    windows: Windows = 96,
+    calibration_tokens: Calibration = 32768,
+    seed: Seed = 0,
+    cache: Cache = Path("runs/teacher"),
+    data_root: DataRoot = None,
+    bos: Bos = "tokenizer",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    compute: ComputeName = "auto",
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Compress, learn a prompt, measure it on data that it has not seen, and push it with its measurements.
+
+    The budget is for learning; what compressing and measuring take on top is told at the start. A command that was cut
+    short goes on where it stopped. The alias `default` moves to the prompt only if its gain is more than chance.
+    """
+    from cli.local import open_store
+    from cli.model import find_model
+    from lab.data.named import documents
+    from lab.data.splits import record, split
+    from lab.learn.budget import parse_budget
+    from lab.learn.recipe import parse_change, read_recipe
+    from lab.progress import progress
+    from lab.prove import measurement
+    from lab.publish import publish
+    from lab.recover import Order, Places, estimates, planned
+    from lab.recover import recover as carry_out
+    from lab.run import open_run
+    from lab.whole import Whole
+    from prompts_store.reference import check_task
+    from server.settings import load_settings
+
+    if kind not in ("rows", "kv"):
+        raise CommandError(f"--kind is {kind!r}; it is rows or kv", usage=True)
+    if bos not in ("tokenizer", "none", "after_prompt"):
+        raise CommandError(f"--bos is {bos!r}; it is tokenizer, none or after_prompt", usage=True)
+    settings = load_settings(config, store=store)
+    open_store(settings).close()  # told now, not after an hour, if it cannot be had
+    told = read_recipe(recipe, kind, dict(map(parse_change, change or ())))  # type: ignore[arg-type]
+    timed = DEFAULT_BUDGET if budget is None and tokens is None and steps is None else budget
+    order = Order(
+        model=find_model(model),
+        level=level,
+        task=check_task(task),
+        kind=kind,  # type: ignore[arg-type]
+        recipe=told,
+        budget=parse_budget(timed, tokens, steps, told),
+        method=method,
+        dense=None if dense is None else find_model(dense),
+        calibration=calibration_tokens,
+        windows=windows,
+        bos=bos,  # type: ignore[arg-type]
+        dtype=dtype,
+        device=device,
+        compute=compute,
+        seed=seed,
+    )
+    splits = split(documents(data, data_root))
+    folder = run or Path("runs") / f"recover-{task}.{kind}.{level or 'stored'}.{seed}"
+    plan = planned(order, splits, Places(folder, out or folder / "checkpoint", cache), data)
+    with open_run(folder, plan.record(), seed) as kept, progress(quiet=as_json) as report:
+        record(splits, folder / "splits.json")
+        expected = {**estimates(plan), "push": 1.0}
+        kept.tell(estimated_seconds={name: round(seconds) for name, seconds in expected.items()})
+        if not as_json:
+            say(_expected(expected))
+        whole = Whole(expected, report)
+        outcome = carry_out(plan, whole)
+        assert outcome.file is not None
+        assert outcome.select is not None
+        assert outcome.report is not None
+        with whole.step("push"), open_store(settings) as registry:
+            pushed = publish(registry, outcome.file, task, measurement(outcome.select), measurement(outcome.report))
+        spent = {
+            name: seconds + kept.figures.get("seconds", {}).get(name, 0) for name, seconds in whole.seconds.items()
+        }
+        _write_page(folder)
+        figures = _told(plan, outcome, pushed, settings, store) | {"seconds": spent}
+        kept.tell(**figures)
+    told_all = {"run": str(folder), **figures}
+    if as_json:
+        return tell_json(told_all)
+    return _show(told_all)
+
+
+def _write_page(folder: Path) -> None:
+    """results.html and results.md of what the run folder holds."""
+    from lab.report.evidence import gather
+    from lab.report.report import page_of
+    from lab.report.write import html, markdown
+    from lab.run import write_bytes
+
+    page = page_of(gather([folder], None))
+    write_bytes(folder / "results.html", html(page).encode())
+    write_bytes(folder / "results.md", markdown(page).encode())
+
+
+def _expected(seconds: Mapping[str, float]) -> str:
+    each = ", ".join(f"{name} {value / 60:.1f} min" for name, value in seconds.items() if value >= 6)
+    return f"expected: {sum(seconds.values()) / 60:.0f} minutes in all: {each}"
+
+
+def _told(plan: Plan, outcome: Outcome, pushed: Published, settings: Settings, store: str | None) -> dict[str, Any]:
+    assert outcome.report is not None
+    assert outcome.select is not None
+    shown, learned = outcome.report, outcome.learned
+    model, level = plan.served
+    serve = ["promptstitch", "serve", str(model)]
+    serve += ["--level", level] if level else []
+    serve += ["--dtype", plan.order.dtype] if plan.order.dtype != "auto" else []
+    serve += ["--store", store] if store else []
+    body = {"task": plan.order.task, "text": "The capital of France is", "max_tokens": 24, "resolution": "exact"}
+    address = f"http://{settings.host}:{settings.port}/v1/generate"
+    curl = ["curl", "-s", address, "-H", "Content-Type: application/json", "-d", json.dumps(body)]
+    conditions = shown["conditions"]
+    return {
+        "task": plan.order.task,
+        "kind": plan.order.kind,
+        "base": plan.base,
+        "level": shown["level"],
+        "weights": shown["weights"],
+        "checkpoint": str(model) if plan.solve else None,
+        "compressed": outcome.compressed,
+        "prompt": {
+            "file": str(plan.places.run / "learn" / "prompt.safetensors"),
+            "num_virtual_tokens": shown["prompt"]["num_virtual_tokens"],
+            "tokens_seen": learned["tokens"],
+            **pushed.told(),
+        },
+        "perplexity": {
+            "dense": shown.get("dense_perplexity"),
+            "compressed": conditions["without_prompt"]["perplexity"],
+            "untrained_prompt": conditions["untrained"]["perplexity"],
+            "prompt": shown["perplexity"],
+        },
+        "gain": shown["gain"],
+        "recovery": shown.get("recovery"),
+        "select": {"perplexity": outcome.select["perplexity"], "gain": outcome.select["gain"]},
+        "page": str(plan.places.run / "results.html"),
+        "serve": shlex.join(serve),
+        "curl": shlex.join(curl),
+    }
+
+
+def _show(told: Mapping[str, Any]) -> None:
+    found, prompt = told["perplexity"], told["prompt"]
+    dense = "" if found["dense"] is None else f"dense {found['dense']:.2f}, "
+    say(
+        f"perplexity on report data: {dense}{told['level']} {found['compressed']:.2f}, with the prompt "
+        f"{found['prompt']:.2f} (an untrained one: {found['untrained_prompt']:.2f})"
+    )
+    for name, label in (("share", "of the gap in log-perplexity closed"), ("kl_share", "of KL(dense || .) closed")):
+        if share := (told["recovery"] or {}).get(name):
+            around = "" if share["interval"] is None else " [{:.0%}, {:.0%}]".format(*share["interval"])
+            say(f"{label}: {share['value']:.0%}{around}")
+    verb = "is" if prompt["promoted"] else "is not"
+    say(f"{prompt['task']}@{prompt['version']} at {prompt['level']} {verb} the default: {prompt['why']}")
+    say(f"page {told['page']}")
+    say("")
+    say(told["serve"])
+    say(told["curl"])

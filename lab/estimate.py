@@ -1,0 +1,134 @@
+"""What a run will take before it is started: seconds, and bytes of memory.
+
+Memory is the larger of two moments.
+
+    teaching   the dense model in `dtype`, and one batch of scoring
+    learning   weights + one block dequantised + activations + a chunk of logits, and the dense model's head
+
+    weights      `packed`: stored bits of the blocks' linears, 2- and 3-bit codes as 4-bit ones; as a copy: all of them
+                 in the compute dtype (c bytes); and the tables, V H a table, twice if untied
+    one block    its linears in the compute dtype: what the way back through a packed product rebuilds, layer by layer
+    activations  of B T text tokens and B N positions before them, in each of L blocks, what the way back needs:
+                 MLP 3 I c, two norms 2 H 4, q and what attention gives (2 heads + KV heads) D c, for each text token,
+                 and 2 KV heads D c for each text token and position; a mask T (T + N) c. On CUDA no fused attention
+                 takes a mask with grouped heads, so that the probabilities count, too: B heads T (T + N) (c + 4).
+                 Recomputed: one H c a block, and one block whole.
+    logits       four times a chunk of 2^23 elements in fp32, or B T V where that is less
+
+Time is arithmetic over a speed in tokens a second, measured by one product of the model's own shape, or told. Knows
+shapes; knows no weights.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from lab.compress.compress import linear_weights
+from lab.evaluate.score import BATCH_TOKENS
+from lab.evaluate.score import LOGITS as SCORED_LOGITS
+from lab.learn.losses import LOGITS
+from lab.learn.recipe import Recipe
+from llama.config import LlamaConfig
+from prompts_store.level import parse_level
+
+SHARE = 0.45  # of a lone product's speed that the whole forward pass reaches
+BACKWARD = 2.0  # forward and backward by activations alone, in forwards
+PRODUCT_ROWS = 512
+CODES = {2: 4, 3: 4}  # bits that codes take in memory
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes."""
+
+    teaching: int
+    weights: int
+    block: int
+    activations: int
+    logits: int
+    head: int
+
+    @property
+    def learning(self) -> int:
+        return self.weights + self.block + self.activations + self.logits + self.head
+
+    @property
+    def peak(self) -> int:
+        return max(self.teaching, self.learning)
+
+
+def memory(config: LlamaConfig, level: str, kind: str, recipe: Recipe, compute: str, dtype: str, cuda: bool) -> Memory:
+    """Of learning as `lab.learn` does it, by the formula above. `compute` and `dtype` are settled names."""
+    served = 2 if dtype in ("bfloat16", "float16") else 4
+    item = served if compute == "packed" else 2 if compute == "bfloat16" else 4
+    linears, block = linear_weights(config), linear_weights(config) // config.num_layers
+    table = config.vocab_size * config.hidden_size
+    tables = table * (1 if config.tied else 2)
+    if compute == "packed" and level != "dense":
+        weights = int(linears * resident_bits(level) / 8) + tables * served
+    else:
+        weights = (linears + tables) * item
+    micro = recipe.micro or recipe.batch
+    positions = recipe.positions if kind in ("rows", "kv") else 0
+    activations = _activations(config, micro, recipe.window, positions, item, recipe.recompute, cuda)
+    distils = recipe.distil > 0 and level != "dense"
+    logits = 4 * 4 * min(LOGITS, micro * recipe.window * config.vocab_size)
+    teaching = (linears + tables) * served + _scoring(config, served) if distils else 0
+    packed = compute == "packed" and level != "dense"
+    return Memory(teaching, weights, block * item if packed else 0, activations, logits, table * served * distils)
+
+
+def resident_bits(level: str) -> float:
+    """Bits that a weight of a block's linear takes in memory while it stays packed, scale and bitmap counted."""
+    told = parse_level(level)
+    if told.quant is None:
+        return 16 * (1 - told.sparsity) + 1 if told.sparsity else 16.0
+    whole = int(told.quant_bits)
+    codes, scales = CODES.get(whole, whole), told.quant_bits - whole
+    return codes * (1 - told.sparsity) + scales + bool(told.sparsity)
+
+
+def forward_flops(config: LlamaConfig) -> float:
+    """Of a token through all blocks and the head."""
+    return 2.0 * (linear_weights(config) + config.vocab_size * config.hidden_size)
+
+
+def forward_speed(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> float:
+    """Tokens a second that go through the model, from one product of its shape, some tenths of a second long."""
+    generator = torch.Generator(device).manual_seed(0)
+    x = torch.randn(PRODUCT_ROWS, config.hidden_size, generator=generator, device=device).to(dtype)
+    w = torch.randn(2 * config.intermediate_size, config.hidden_size, generator=generator, device=device).to(dtype)
+    best = min(_seconds(x, w) for _ in range(3))
+    rate = 2.0 * x.shape[0] * w.numel() / best
+    return SHARE * rate / forward_flops(config)
+
+
+def _seconds(x: torch.Tensor, w: torch.Tensor) -> float:
+    """Of a product, with the wait for a GPU."""
+    began = time.perf_counter()
+    out = x @ w.T
+    float(out[0, 0])
+    return max(time.perf_counter() - began, 1e-9)
+
+
+def _activations(
+    c: LlamaConfig, batch: int, window: int, positions: int, item: int, recompute: bool, cuda: bool
+) -> int:
+    tokens, before = batch * window, batch * positions
+    kv = c.num_kv_heads * c.head_dim
+    heads = c.num_heads * c.head_dim
+    one = tokens * (3 * c.intermediate_size * item + 2 * c.hidden_size * 4 + (2 * heads + kv) * item)
+    one += 2 * kv * item * (tokens + before) + window * (window + positions) * item
+    if cuda and positions:
+        one += batch * c.num_heads * window * (window + positions) * (item + 4)
+    if recompute:
+        return c.num_layers * tokens * c.hidden_size * item + one
+    return c.num_layers * one
+
+
+def _scoring(c: LlamaConfig, item: int) -> int:
+    """Of the dense model's pass over a batch: a residual, an MLP, a chunk of logits."""
+    return BATCH_TOKENS * (2 * c.hidden_size + 3 * c.intermediate_size) * item + 4 * SCORED_LOGITS

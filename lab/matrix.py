@@ -1,0 +1,240 @@
+"""A table of runs carried out cell by cell: what is finished stays, what failed is told, the rest goes on.
+
+    levels/     compressed checkpoints, each made once
+    teacher/    dense models' states, for all levels and seeds
+    cells/      a folder for each cell, as `lab.recover` fills it
+
+Knows runs; what a table says is `lab.table`'s business.
+"""
+
+from __future__ import annotations
+
+import gc
+import traceback
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+
+from lab.data.named import documents
+from lab.data.splits import Splits, split
+from lab.errors import RunError
+from lab.estimate import BACKWARD, forward_speed, memory
+from lab.learn.budget import Budget
+from lab.learn.compute import choose_compute
+from lab.progress import Report
+from lab.prove import Material, prove
+from lab.recover import PROMPT, Order, Places, Plan, compress, estimates, planned, recover, subject
+from lab.run import open_run, write_bytes
+from lab.table import DENSE, Cell, Table, TableError
+from lab.transfer.samples import parts, sample
+from lab.whole import Whole
+from llama.config import LlamaConfig
+from llama.load import choose_device, choose_dtype
+from llama.shards import read_json
+from llama.tokenizer import HubTokenizer
+from prompts_store.file import read_prompt
+from prompts_store.prompt import Bos
+
+ERROR = "error.txt"  # beside the cell's folder
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A table, the dense checkpoint that it names, and the folder that all of it goes into."""
+
+    table: Table
+    model: Path
+    root: Path
+    data_root: Path | None = None
+
+    def folder(self, cell: Cell) -> Path:
+        return self.root / "cells" / cell.name
+
+    def finished(self, cell: Cell) -> bool:
+        """Whether nothing is left to do for a cell."""
+        return "cell" in _figures(self.folder(cell))
+
+    def cells(self, only: str | None) -> list[Cell]:
+        """All, or the one of this name. Raises TableError."""
+        found = [cell for cell in self.table.cells if only in (None, cell.name)]
+        if not found:
+            names = ", ".join(cell.name for cell in self.table.cells)
+            raise TableError(f"--only {only}: there is no such cell; cells are {names}")
+        return found
+
+    @cached_property
+    def config(self) -> LlamaConfig:
+        """From config.json alone, so that a table can be estimated without the weights at hand. Raises ModelError."""
+        return LlamaConfig.from_hf(read_json(self.model / "config.json"))
+
+    @cached_property
+    def device(self) -> torch.device:
+        return choose_device(self.table.device)
+
+
+def estimated(matrix: Matrix, only: str | None, limit: int | None, speed: float | None) -> list[dict[str, Any]]:
+    """What each cell will take. `speed`: tokens a second of learning; else what finished cells took, else measured.
+
+    `limit` in bytes: whether the cell fits. Raises TableError, ModelError.
+    """
+    cells = matrix.cells(only)
+    if speed is None and any(not matrix.finished(cell) for cell in cells):
+        dtype = choose_dtype(matrix.table.dtype, matrix.device)
+        speed = forward_speed(matrix.config, matrix.device, dtype) / BACKWARD
+    return [_estimate(matrix, cell, limit, speed or 1.0) for cell in cells]
+
+
+def _estimate(matrix: Matrix, cell: Cell, limit: int | None, speed: float) -> dict[str, Any]:
+    table, recipe = matrix.table, cell.recipe
+    figures = _figures(matrix.folder(cell) / "learn")
+    speed = figures.get("tokens_per_second", speed)
+    compute = choose_compute(table.compute, matrix.device)
+    dtype = str(choose_dtype(table.dtype, matrix.device)).removeprefix("torch.")
+    tokens = figures.get("tokens") or tokens_of(cell.budget, recipe.batch * recipe.window, speed)
+    need = memory(matrix.config, cell.plain_level, cell.kind, recipe, compute, dtype, cuda=matrix.device.type == "cuda")
+    scored = (table.windows or 400) * recipe.window * (6 + 5 * table.controls) if cell.kind in ("rows", "kv") else 0
+    taught = tokens if recipe.distil else 0
+    return {
+        "cell": cell.name,
+        "finished": matrix.finished(cell),
+        "tokens": int(tokens),
+        "tokens_per_second": round(speed, 1),
+        "seconds": round(tokens / speed + (scored + taught) / (speed * BACKWARD)),
+        "memory": {
+            "peak": need.peak,
+            "teaching": need.teaching,
+            "weights": need.weights,
+            "block": need.block,
+            "activations": need.activations,
+            "logits": need.logits,
+            "head": need.head,
+        },
+        "fits": None if limit is None else need.peak <= limit,
+    }
+
+
+def tokens_of(budget: Budget, step: int, speed: float) -> float:
+    """Tokens that a budget comes to, at so many tokens a step and a second."""
+    return budget.amount * {"tokens": 1.0, "steps": float(step), "seconds": speed}[budget.unit]
+
+
+def run(matrix: Matrix, only: str | None, report: Report) -> Iterator[dict[str, Any]]:
+    """What came of each cell, as it is done; `error` where it failed. Raises TableError, ModelError."""
+    expected = {each["cell"]: each for each in estimated(matrix, only, None, None)}
+    whole = Whole({name: 0.0 if each["finished"] else each["seconds"] for name, each in expected.items()}, report)
+    data = _Data(matrix)
+    for cell in matrix.cells(only):
+        if matrix.finished(cell):
+            yield {"cell": cell.name, "state": "finished before", **_figures(matrix.folder(cell))["cell"]}
+            continue
+        _forget()
+        try:
+            with whole.step(cell.name) as step:
+                told = _carry_out(matrix, cell, data, step)
+            yield {"cell": cell.name, "state": "finished", "seconds": whole.seconds[cell.name], **told}
+        except Exception as error:  # whatever it is, the other cells do not depend on it
+            write_bytes(matrix.root / "cells" / f"{cell.name}.{ERROR}", traceback.format_exc().encode())
+            yield {"cell": cell.name, "state": "failed", "error": f"{error}" or type(error).__name__}
+
+
+class _Data:
+    """Splits of the tasks, each read once."""
+
+    def __init__(self, matrix: Matrix) -> None:
+        self._matrix = matrix
+        self._found: dict[str, Splits] = {}
+
+    def __getitem__(self, task: str) -> Splits:
+        if task not in self._found:
+            self._found[task] = split(documents(self._matrix.table.tasks[task].data, self._matrix.data_root))
+        return self._found[task]
+
+
+def _carry_out(matrix: Matrix, cell: Cell, data: _Data, report: Report) -> Mapping[str, Any]:
+    plan = _planned(matrix, cell, data)
+    if plan.solve:
+        compress(replace(plan, splits=data[matrix.table.calibrate]), report)
+    with open_run(matrix.folder(cell), plan.record(), cell.seed) as kept:
+        outcome = recover(plan, Whole(estimates(plan), report, ends=False))
+        told: dict[str, Any] = {"loss": outcome.learned["best"]["loss"], "tokens": outcome.learned["tokens"]}
+        if outcome.file is not None and outcome.report is not None:
+            told |= _summary(outcome.report)
+            about = subject(plan, outcome.file)
+            for name in matrix.table.tasks[cell.task].also:
+                folder = matrix.folder(cell) / f"report-{_plain(name)}"
+                found = prove(about, _also(matrix, cell, name), folder, plan.places.cache, report)
+                told[_plain(name)] = _summary(found)
+        kept.tell(cell=told)
+    return told
+
+
+def _planned(matrix: Matrix, cell: Cell, data: _Data) -> Plan:
+    table, root = matrix.table, matrix.root
+    equal = None
+    if cell.level != DENSE and any(each.name == cell.twin for each in table.cells):
+        place = root / "cells" / cell.twin / "learn" / PROMPT
+        if cell.kind in ("rows", "kv") and not place.exists():
+            raise RunError(f"it is held against the cell {cell.twin}, which has not finished: run that first (--only)")
+        equal = read_prompt(place).prompt if place.exists() else None
+    order = Order(
+        model=matrix.model,
+        level=cell.plain_level,
+        task=cell.task,
+        kind=cell.kind,
+        recipe=cell.recipe,
+        budget=cell.budget,
+        method=cell.method,
+        calibration=table.calibration,
+        windows=table.windows,
+        bos=cast(Bos, table.bos),
+        dtype=table.dtype,
+        device=table.device,
+        compute=table.compute,
+        seed=cell.seed,
+        equal=equal,
+        every=table.controls,
+    )
+    places = Places(matrix.folder(cell), root / "levels" / cell.level, root / "teacher")
+    return planned(order, data[cell.task], places, table.tasks[cell.task].data)
+
+
+def _also(matrix: Matrix, cell: Cell, name: str) -> Material:
+    found = tuple(parts(name, matrix.data_root)["report"])
+    window, bos = cell.recipe.window, cast(Bos, matrix.table.bos)
+    tokenizer = HubTokenizer(matrix.model)
+    drawn = sample(_plain(name), "report", found, tokenizer, window, [bos], most=matrix.table.windows)
+    return Material(drawn, found, window)
+
+
+def _plain(name: str) -> str:
+    return name.partition(":")[0].replace("/", "-")
+
+
+def _summary(figures: Mapping[str, Any]) -> dict[str, Any]:
+    """What a table shows of an evaluation."""
+    recovery = figures.get("recovery") or {}
+    shares = {name: (recovery.get(name) or {}).get("value") for name in ("share", "net_share", "kl_share")}
+    return {
+        "perplexity": figures["perplexity"],
+        "without": figures["conditions"]["without_prompt"]["perplexity"],
+        "dense": figures.get("dense_perplexity"),
+        "gain": figures["gain"]["value"],
+        **shares,
+    }
+
+
+def _figures(folder: Path) -> dict[str, Any]:
+    file = folder / "figures.json"
+    return read_json(file) if file.exists() else {}
+
+
+def _forget() -> None:
+    """Give back what the cell before left, and count its peak no longer."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()

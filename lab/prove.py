@@ -1,0 +1,141 @@
+"""What a fresh prompt is worth: measured on one split to choose by, and on another that chose nothing.
+
+A split is a run folder of its own, measured once; the figures are those of `promptstitch evaluate`, with the
+measurement that the registry is told. Knows models, prompts and windows; knows no registry.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lab.data.documents import Document, digest
+from lab.evaluate.conditions import Conditions, conditions, of_dense
+from lab.evaluate.controls import untrained
+from lab.evaluate.score import NotFiniteLoss, score
+from lab.learn.recipe import LearnError
+from lab.progress import Report
+from lab.run import open_run
+from lab.transfer.cells import Cell, Place
+from lab.transfer.prompts import Contender
+from lab.transfer.samples import Sample
+from llama.identity import identify
+from llama.load import LoadedModel, load
+from llama.tokenizer import HubTokenizer
+from prompts_store.file import PromptFile
+from prompts_store.prompt import SoftPrompt
+from prompts_store.records import Measurement
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A prompt and the models that it is held against.
+
+    `model` at `level` (None: as stored) is what is served; `dense` the dense checkpoint, None where there is none;
+    `equal` a prompt learned on that at equal cost. `every`: with all controls, else with the untrained prompt alone.
+    """
+
+    file: PromptFile
+    model: Path
+    level: str | None
+    dtype: str
+    device: str
+    dense: Path | None = None
+    equal: SoftPrompt | None = None
+    every: bool = False
+
+
+@dataclass(frozen=True)
+class Material:
+    """A sample to measure on and the documents that it was cut from, in windows of so many text tokens."""
+
+    sample: Sample
+    documents: tuple[Document, ...]
+    window: int
+
+
+def prove(
+    subject: Subject, material: Material, folder: Path, cache: Path | None, report: Report, *, full: bool = True
+) -> Mapping[str, Any]:
+    """The figures of one split, from the run folder if they are there already.
+
+    Not `full`: the model with its prompt and without, which is all that choosing needs. Raises RunError, ModelError.
+    """
+    prompt, sample = subject.file.prompt, material.sample
+    windows = sample.rows(0, len(sample), prompt.bos)
+    config = {
+        "command": "evaluate" if full else "select",
+        "prompt": prompt.digest,
+        "weights": subject.file.provenance.weights,
+        "data": windows.digest,
+        "dense": identify(subject.dense).weights if subject.dense is not None and full else None,
+        "equal": subject.equal.digest if subject.equal else None,
+        "controls": subject.every,
+        "dtype": subject.dtype,
+    }
+    with open_run(folder, config) as run:
+        if "measurement" not in run.figures:
+            dense = None
+            if full and subject.dense is not None:
+                loaded = load(subject.dense, dtype=subject.dtype, device=subject.device)
+                dense = of_dense(loaded, windows, report, cache=cache, equal=subject.equal, same=prompt)
+                del loaded  # the model itself goes before the other comes
+            served = load(subject.model, level=subject.level, dtype=subject.dtype, device=subject.device)
+            tokenizer = HubTokenizer(subject.model)
+            controls = full and subject.every
+            try:
+                found = conditions(
+                    served.model, tokenizer, windows, prompt, report, dense=dense, compare=True, controls=controls
+                )
+                if full and not controls:
+                    idle = untrained(
+                        served.model, prompt.base, prompt.num_virtual_tokens, kind=prompt.kind, bos=prompt.bos
+                    )
+                    found = replace(found, controls={"untrained": score(served.model, windows, idle, progress=report)})
+            except NotFiniteLoss as error:
+                raise LearnError(str(error)) from error
+            run.tell(**found.told(), **_told(subject, material, served, found))
+        return run.figures
+
+
+def measurement(figures: Mapping[str, Any]) -> Measurement:
+    """What the registry is told."""
+    return Measurement(**figures["measurement"])
+
+
+def _told(subject: Subject, material: Material, served: LoadedModel, found: Conditions) -> Mapping[str, Any]:
+    who, prompt, sample = served.identity, subject.file.prompt, material.sample
+    return {
+        "model": who.name,
+        "level": who.level,
+        "base": who.base,
+        "weights": who.weights,
+        "dtype": str(served.model.dtype).removeprefix("torch."),
+        "device": str(served.model.device),
+        "bytes": served.resident_bytes,
+        "disk_bytes": served.disk_bytes,
+        "prompt_digest": prompt.digest,
+        "prompt": {"kind": prompt.kind, "num_virtual_tokens": prompt.num_virtual_tokens, "bos": prompt.bos},
+        "text": {
+            "source": sample.data,
+            "digest": digest(material.documents),
+            "documents": len(set(found.main.windows.document.tolist())),
+        },
+        "split": sample.split,
+        "window": material.window,
+        "windows": len(sample),
+        "measurement": asdict(_cell(subject, sample, served, found).measurement()),
+    }
+
+
+def _cell(subject: Subject, sample: Sample, served: LoadedModel, found: Conditions) -> Cell:
+    """As a table of transfer has it, so that both tell the registry the same of the same windows."""
+    assert found.plain is not None
+    who, origin = served.identity, subject.file.provenance
+    place = Place(who.name, who.level, who.weights, served.disk_bytes, served.resident_bytes)
+    contender = Contender(subject.file.prompt, "new", origin.task, None, origin.level, origin.weights)
+    windows, places = sample.first(len(sample))
+    without, behind = (scores.nll.double().sum(1)[places] for scores in (found.plain, found.main))
+    return Cell(place, contender, sample.data, sample.split, windows, without, behind)

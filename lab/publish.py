@@ -1,0 +1,104 @@
+"""A measured prompt on its way into the registry: version, measurements, and the alias if the numbers earn it.
+
+Whatever was cut short is taken up: a version, a measurement and an alias that are there already stay one. Knows the
+registry and its rule of promotion; knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lab.transfer.prompts import Contender, record
+from prompts_store.aliases import ANY_REVISION
+from prompts_store.errors import NotFound
+from prompts_store.file import PromptFile
+from prompts_store.records import Actor, Alias, Measurement, RecordedMeasurement, Version
+from prompts_store.store import PromptStore
+
+RECORDER = Actor("recover")
+DEFAULT = "default"
+PAGE = 1000
+
+
+@dataclass(frozen=True)
+class Published:
+    """`promoted`: whether the alias `default` points to the version now; `why` says by which numbers."""
+
+    version: Version
+    new: bool
+    promoted: bool
+    why: str
+
+    def told(self) -> dict[str, Any]:
+        """As JSON."""
+        return {
+            "task": self.version.task,
+            "version": self.version.version,
+            "digest": self.version.digest,
+            "level": self.version.level,
+            "weights": self.version.weights,
+            "new": self.new,
+            "promoted": self.promoted,
+            "why": self.why,
+        }
+
+
+def publish(store: PromptStore, file: PromptFile, task: str, select: Measurement, report: Measurement) -> Published:
+    """Push the prompt with both measurements; `default` at its level moves to it only if the whole interval of its
+    gain on `report` lies above 0, and what it points to now was not measured better on just these data and weights.
+
+    Raises StoreError.
+    """
+    version, new = store.push(file, task, by=RECORDER)
+    origin = Contender(file.prompt, f"{task}@{version.version}", task, version.version, version.level, version.weights)
+    for each in (select, report):
+        record(store, origin, each)
+    now = _alias(store, version)
+    if now is not None and now.version == version.version:
+        return Published(version, new, True, f"{task}:{DEFAULT} points to it already")
+    if report.gain is None or report.gain_low is None or report.gain_low <= 0:
+        return Published(version, new, False, f"its gain on report is not more than chance: {_gain(report)}")
+    if now is not None and (better := _better(store, now, report)) is not None:
+        why = (
+            f"{task}@{now.version}, the default, has perplexity {better:.2f} on the same data, this {report.value:.2f}"
+        )
+        return Published(version, new, False, why)
+    expected = None if now is None else ANY_REVISION
+    store.aliases.put(task, DEFAULT, version.version, expected=expected, gain_on=report.served_weights, by=RECORDER)
+    return Published(version, new, True, f"its gain on report is above 0: {_gain(report)}")
+
+
+def _alias(store: PromptStore, version: Version) -> Alias | None:
+    try:
+        return store.aliases.get(version.task, DEFAULT, base=version.base, level=version.level)
+    except NotFound:
+        return None
+
+
+def _better(store: PromptStore, alias: Alias, ours: Measurement) -> float | None:
+    """The perplexity of the alias's version on the same data and weights, if it is lower."""
+    same = ("metric", "dataset", "split", "served_weights")
+    found = [
+        each.measurement.value
+        for each in _measured(store, alias.task, alias.version)
+        if all(getattr(each.measurement, name) == getattr(ours, name) for name in same)
+    ]
+    return found[-1] if found and found[-1] < ours.value else None
+
+
+def _measured(store: PromptStore, task: str, version: int) -> Iterator[RecordedMeasurement]:
+    after = None
+    while True:
+        page = store.measurements.list(task, version, limit=PAGE, after=after)
+        items: Sequence[RecordedMeasurement] = page.items
+        yield from items
+        if (after := page.next) is None:
+            return
+
+
+def _gain(measured: Measurement) -> str:
+    if measured.gain is None or measured.gain_low is None or measured.gain_high is None:
+        return "no interval, since it is of a single document"
+    return f"{measured.gain:+.4f} [{measured.gain_low:+.4f}, {measured.gain_high:+.4f}] nats a token"
