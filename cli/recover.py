@@ -15,8 +15,10 @@ from cli.options import Config
 from cli.output import AsJson, CommandError, say, tell_json
 
 if TYPE_CHECKING:
+    from lab.learn.budget import Budget as Length
+    from lab.learn.recipe import Recipe
     from lab.publish import Published
-    from lab.recover import Outcome, Plan
+    from lab.recover import Order, Outcome, Plan
     from server.settings import Settings
 
 Model = Annotated[str, typer.Argument(help="Dense checkpoint: a folder, or a name that was pulled.")]
@@ -81,37 +83,20 @@ def recover(
     The budget is for learning; what compressing and measuring take on top is told at the start. A command that was cut
     short goes on where it stopped. The alias `default` moves to the prompt only if its gain is more than chance.
     """
-    from cli.local import open_store
     from cli.model import find_model
-    from lab.data.named import documents
-    from lab.data.splits import record, split
-    from lab.learn.budget import parse_budget
-    from lab.learn.recipe import parse_change, read_recipe
-    from lab.progress import progress
-    from lab.prove import measurement
-    from lab.publish import publish
-    from lab.recover import Order, Places, estimates, planned
-    from lab.recover import recover as carry_out
-    from lab.run import open_run
-    from lab.whole import Whole
+    from lab.recover import Order
     from prompts_store.reference import check_task
     from server.settings import load_settings
 
-    if kind not in ("rows", "kv"):
-        raise CommandError(f"--kind is {kind!r}; it is rows or kv", usage=True)
-    if bos not in ("tokenizer", "none", "after_prompt"):
-        raise CommandError(f"--bos is {bos!r}; it is tokenizer, none or after_prompt", usage=True)
-    settings = load_settings(config, store=store)
-    open_store(settings).close()  # told now, not after an hour, if it cannot be had
-    told = read_recipe(recipe, kind, dict(map(parse_change, change or ())))  # type: ignore[arg-type]
-    timed = DEFAULT_BUDGET if budget is None and tokens is None and steps is None else budget
+    _check(kind, bos)
+    told, length = _length(recipe, kind, change, budget, tokens, steps)
     order = Order(
         model=find_model(model),
         level=level,
         task=check_task(task),
         kind=kind,  # type: ignore[arg-type]
         recipe=told,
-        budget=parse_budget(timed, tokens, steps, told),
+        budget=length,
         method=method,
         dense=None if dense is None else find_model(dense),
         calibration=calibration_tokens,
@@ -122,32 +107,78 @@ def recover(
         compute=compute,
         seed=seed,
     )
+    settings = load_settings(config, store=store)
+    figures = _run(order, data, data_root, run, out, cache, settings, store, as_json)
+    return tell_json(figures) if as_json else _show(figures)
+
+
+def _check(kind: str, bos: str) -> None:
+    if kind not in ("rows", "kv"):
+        raise CommandError(f"--kind is {kind!r}; it is rows or kv", usage=True)
+    if bos not in ("tokenizer", "none", "after_prompt"):
+        raise CommandError(f"--bos is {bos!r}; it is tokenizer, none or after_prompt", usage=True)
+
+
+def _length(
+    recipe: str, kind: str, change: list[str] | None, budget: str | None, tokens: int | None, steps: int | None
+) -> tuple[Recipe, Length]:
+    """What is learned by, and for how long."""
+    from lab.learn.budget import parse_budget
+    from lab.learn.recipe import parse_change, read_recipe
+
+    told = read_recipe(recipe, kind, dict(map(parse_change, change or ())))  # type: ignore[arg-type]
+    timed = DEFAULT_BUDGET if budget is None and tokens is None and steps is None else budget
+    return told, parse_budget(timed, tokens, steps, told)
+
+
+def _run(
+    order: Order,
+    data: str,
+    data_root: Path | None,
+    run: Path | None,
+    out: Path | None,
+    cache: Path,
+    settings: Settings,
+    store: str | None,
+    quiet: bool,
+) -> dict[str, Any]:
+    """Every step in its run folder; the figures, with where they are kept."""
+    from cli.local import open_store
+    from lab.data.named import documents
+    from lab.data.splits import record, split
+    from lab.progress import progress
+    from lab.prove import measurement
+    from lab.publish import publish
+    from lab.recover import Places, estimates, planned, recover
+    from lab.run import open_run
+    from lab.whole import Whole
+
+    open_store(settings).close()  # told now, not after an hour, if it cannot be had
     splits = split(documents(data, data_root))
-    folder = run or Path("runs") / f"recover-{task}.{kind}.{level or 'stored'}.{seed}"
+    folder = run or Path("runs") / f"recover-{order.task}.{order.kind}.{order.level or 'stored'}.{order.seed}"
     plan = planned(order, splits, Places(folder, out or folder / "checkpoint", cache), data)
-    with open_run(folder, plan.record(), seed) as kept, progress(quiet=as_json) as report:
+    with open_run(folder, plan.record(), order.seed) as kept, progress(quiet=quiet) as report:
         record(splits, folder / "splits.json")
         expected = {**estimates(plan), "push": 1.0}
         kept.tell(estimated_seconds={name: round(seconds) for name, seconds in expected.items()})
-        if not as_json:
+        if not quiet:
             say(_expected(expected))
         whole = Whole(expected, report)
-        outcome = carry_out(plan, whole)
+        outcome = recover(plan, whole)
         assert outcome.file is not None
+        assert order.task is not None
         assert outcome.select is not None
         assert outcome.report is not None
         with whole.step("push"), open_store(settings) as registry:
-            pushed = publish(registry, outcome.file, task, measurement(outcome.select), measurement(outcome.report))
-        spent = {
-            name: seconds + kept.figures.get("seconds", {}).get(name, 0) for name, seconds in whole.seconds.items()
-        }
+            pushed = publish(
+                registry, outcome.file, order.task, measurement(outcome.select), measurement(outcome.report)
+            )
+        before = kept.figures.get("seconds", {})
+        spent = {name: seconds + before.get(name, 0) for name, seconds in whole.seconds.items()}
         _write_page(folder)
         figures = _told(plan, outcome, pushed, settings, store) | {"seconds": spent}
         kept.tell(**figures)
-    told_all = {"run": str(folder), **figures}
-    if as_json:
-        return tell_json(told_all)
-    return _show(told_all)
+    return {"run": str(folder), **figures}
 
 
 def _write_page(folder: Path) -> None:
