@@ -144,10 +144,11 @@ def test_pages_come_back_when_clients_go(real):
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_one_hangs_up_in_its_prefill(real, stream):
-    """57 steps long, so that one of a few attempts meets it."""
+    """57 steps long, so that one of a few attempts meets it; no attempt finds the pages of another."""
     before = real.engine.stats().aborted.get("prefill", 0)
-    for _ in range(20):
-        connection = begin(real.port, {"text": "x" * 1800, "max_tokens": 100, "stream": stream, "ignore_eos": True})
+    for letter in "abcdefghijklmnopqrst":
+        text = (letter.upper() if stream else letter) * 1800
+        connection = begin(real.port, {"text": text, "max_tokens": 100, "stream": stream, "ignore_eos": True})
         until(lambda: real.engine.stats().running > 0)
         connection.close()
         until(lambda: idle(real), 2)
