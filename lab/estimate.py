@@ -14,6 +14,9 @@ Memory is the larger of two moments.
                  takes a mask with grouped heads, so that the probabilities count, too: B heads T (T + N) (c + 4).
                  Recomputed: one H c a block, and one block whole.
     logits       four times a chunk of 2^23 elements in fp32, or B T V where that is less
+    libraries    64 MB of their own
+    slack        on the CPU a quarter of all: freed pieces that the C library keeps (MALLOC_MMAP_THRESHOLD_=131072 in
+                 the environment makes it give them back, at some cost in speed)
 
 Time is arithmetic over a speed in tokens a second, measured by one product of the model's own shape, or told. Knows
 shapes; knows no weights.
@@ -37,6 +40,8 @@ from prompts_store.level import parse_level
 SHARE = 0.45  # of a lone product's speed that the whole forward pass reaches
 BACKWARD = 2.0  # forward and backward by activations alone, in forwards
 PRODUCT_ROWS = 512
+LIBRARIES = 64_000_000  # bytes
+SLACK = 0.25
 CODES = {2: 4, 3: 4}  # bits that codes take in memory
 
 
@@ -50,10 +55,12 @@ class Memory:
     activations: int
     logits: int
     head: int
+    slack: float = 0.0  # share of what is learned with
 
     @property
     def learning(self) -> int:
-        return self.weights + self.block + self.activations + self.logits + self.head
+        whole = self.weights + self.block + self.activations + self.logits + self.head + LIBRARIES
+        return round(whole * (1 + self.slack))
 
     @property
     def peak(self) -> int:
@@ -78,7 +85,8 @@ def memory(config: LlamaConfig, level: str, kind: str, recipe: Recipe, compute: 
     logits = 4 * 4 * min(LOGITS, micro * recipe.window * config.vocab_size)
     teaching = (linears + tables) * served + _scoring(config, served) if distils else 0
     packed = compute == "packed" and level != "dense"
-    return Memory(teaching, weights, block * item if packed else 0, activations, logits, table * served * distils)
+    rebuilt, head = block * item if packed else 0, table * served * distils
+    return Memory(teaching, weights, rebuilt, activations, logits, head, 0.0 if cuda else SLACK)
 
 
 def resident_bits(level: str) -> float:

@@ -73,7 +73,8 @@ class Matrix:
 
     @cached_property
     def device(self) -> torch.device:
-        return choose_device(self.table.device)
+        """The table's, which need not be at hand as long as nothing is started."""
+        return choose_device("auto") if self.table.device == "auto" else torch.device(self.table.device)
 
 
 def estimated(matrix: Matrix, only: str | None, limit: int | None, speed: float | None) -> list[dict[str, Any]]:
@@ -84,6 +85,8 @@ def estimated(matrix: Matrix, only: str | None, limit: int | None, speed: float 
     cells = matrix.cells(only)
     if speed is None and any(not matrix.finished(cell) for cell in cells):
         dtype = choose_dtype(matrix.table.dtype, matrix.device)
+        if matrix.device.type == "cuda" and not torch.cuda.is_available():
+            raise TableError("there is no CUDA device here to measure; say how fast yours learns, --tokens-per-second")
         speed = forward_speed(matrix.config, matrix.device, dtype) / BACKWARD
     return [_estimate(matrix, cell, limit, speed or 1.0) for cell in cells]
 
@@ -211,7 +214,9 @@ def _also(matrix: Matrix, cell: Cell, name: str) -> Material:
 
 
 def _plain(name: str) -> str:
-    return name.partition(":")[0].replace("/", "-")
+    """What a data set is called in a folder's name."""
+    given = name.removesuffix(":report")
+    return Path(given).name if Path(given).exists() else given.replace("/", "-")
 
 
 def _summary(figures: Mapping[str, Any]) -> dict[str, Any]:

@@ -181,7 +181,10 @@ def _task(name: str, told: Any) -> Task:
     if not isinstance(told, dict) or not isinstance(told.get("data"), str):
         raise TableError(f"[tasks.{name}] must hold data: a file, a folder or a name")
     _known(told, {"data", "also"}, f"[tasks.{name}]")
-    return Task(name, told["data"], tuple(_list(told, "also", str, [])))
+    also = _list(told, "also", str, [])
+    if odd := [each for each in also if each.endswith(":select")]:
+        raise TableError(f"[tasks.{name}]: also is reported on, and {odd[0]} is all to select by; write :report")
+    return Task(name, told["data"], tuple(also))
 
 
 def _known(told: Mapping[str, Any], names: set[str], where: str) -> None:

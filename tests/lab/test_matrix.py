@@ -1,0 +1,218 @@
+"""`promptstitch matrix`: a table carried out cell by cell, and what it says a cell will take."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import lab.matrix
+from lab.estimate import memory, resident_bits
+from lab.learn.recipe import read_recipe
+from lab.table import TableError, read_table
+from llama.identity import identify
+from llama.load import info
+
+ROOT = Path(__file__).parents[2]
+
+RECIPE = """
+[recipes.small]
+from = "default"
+positions = 4
+window = 32
+select_windows = 8
+init = "random"
+"""
+SEVEN = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
+
+
+@pytest.fixture
+def table(tmp_path, checkpoint, pages):
+    """table(runs, …) -> a TOML file of a table over the tiny checkpoint."""
+
+    def write(runs: str, top: str = "") -> object:
+        file = tmp_path / "small.toml"
+        file.write_text(
+            f'model = "{checkpoint}"\nsteps = 3\nwindows = 16\ncalibration_tokens = 200\ndevice = "cpu"\n'
+            f'dtype = "float32"\n{top}\n[tasks.letters]\ndata = "{pages}"\nalso = ["{pages}:report"]\n{RECIPE}{runs}'
+        )
+        return file
+
+    return write
+
+
+RUNS = """
+[[runs]]
+levels = ["w3g64", "dense"]
+kinds = ["rows"]
+recipes = ["small"]
+tasks = ["letters"]
+"""
+
+
+def test_every_cell_is_carried_out_and_a_second_call_does_nothing(command, table, tmp_path, monkeypatch):
+    file = table(
+        RUNS + '\n[[runs]]\nlevels = ["w4g64-s50"]\nkinds = ["kv", "norms"]\nrecipes = ["small"]\ntasks = ["letters"]\n'
+    )
+    root = tmp_path / "root"
+    result = command("matrix", file, "--root", root, "--json")
+    assert result.exit_code == 0, result.output
+    cells = {each["cell"]: each for each in json.loads(result.stdout)["cells"]}
+    assert list(cells) == [
+        "dense.rows.small.letters.0",
+        "w3g64.rows.small.letters.0",
+        "w4g64-s50.kv.small.letters.0",
+        "w4g64-s50.norms.small.letters.0",
+    ]
+    assert {each["state"] for each in cells.values()} == {"finished"}
+    assert cells["w3g64.rows.small.letters.0"]["dense"] is not None
+    assert set(cells["w3g64.rows.small.letters.0"]) >= {"perplexity", "without", "share", "kl_share", "pages.jsonl"}
+    assert "perplexity" not in cells["w4g64-s50.norms.small.letters.0"]  # a control leaves figures alone
+    report = json.loads((root / "cells" / "w3g64.rows.small.letters.0" / "report" / "config.json").read_text())
+    twin = json.loads((root / "cells" / "dense.rows.small.letters.0" / "learn" / "figures.json").read_text())
+    assert report["config"]["equal"] == twin["digest"]
+    assert identify(root / "levels" / "w4g64-s50").level == "w4g64-s50"
+
+    def broken(*_args, **_options):
+        raise AssertionError("a finished cell was begun again")
+
+    monkeypatch.setattr(lab.matrix, "_carry_out", broken)
+    again = json.loads(command("matrix", file, "--root", root, "--json").stdout)["cells"]
+    assert {each["state"] for each in again} == {"finished before"}
+    assert [each["loss"] for each in again] == [each["loss"] for each in cells.values()]
+
+
+def test_a_cell_that_fails_is_told_and_stops_no_other(command, table, tmp_path):
+    bad = RECIPE.replace("small", "long").replace("window = 32", "window = 400")
+    runs = '\n[[runs]]\nlevels = ["w3g64"]\nrecipes = ["long", "small"]\ntasks = ["letters"]\n'
+    root = tmp_path / "root"
+    result = command("matrix", table(bad + runs), "--root", root)
+    assert result.exit_code == 1
+    assert "1 of 2 cells failed" in result.stderr
+    told = {each["cell"]: each for each in json.loads((root / "matrix.json").read_text())["cells"]}
+    assert "too short for one window of 400 tokens" in told["w3g64.rows.long.letters.0"]["error"]
+    assert told["w3g64.rows.small.letters.0"]["state"] == "finished"
+    assert "DataError" in (root / "cells" / "w3g64.rows.long.letters.0.error.txt").read_text()
+
+
+def test_only_one_cell(command, table, tmp_path):
+    file, root = table(RUNS), tmp_path / "root"
+    waiting = command("matrix", file, "--root", root, "--only", "w3g64.rows.small.letters.0")
+    assert waiting.exit_code == 1
+    assert "held against the cell dense.rows.small.letters.0, which has not finished" in waiting.stdout
+    assert command("matrix", file, "--root", root, "--only", "dense.rows.small.letters.0").exit_code == 0
+    assert command("matrix", file, "--root", root, "--only", "w3g64.rows.small.letters.0").exit_code == 0
+    unknown = command("matrix", file, "--root", root, "--only", "w9")
+    assert unknown.exit_code == 1
+    assert "cells are dense.rows.small.letters.0" in unknown.stderr
+
+
+def test_a_dry_run_tells_tokens_time_and_memory_and_starts_nothing(command, table, tmp_path):
+    result = command(
+        "matrix", table(RUNS), "--root", tmp_path / "root", "--dry-run", "--tokens-per-second", 128, "--json"
+    )
+    told = json.loads(result.stdout)
+    assert [each["tokens"] for each in told["cells"]] == [3 * 4 * 32] * 2
+    learning = 3 * 4 * 32 / 128
+    assert all(each["seconds"] >= learning for each in told["cells"])
+    assert told["left"]["tokens"] == 2 * 3 * 4 * 32
+    assert not (tmp_path / "root").exists()
+
+
+@pytest.fixture
+def seven(tmp_path):
+    """seven(device) -> what a dry run says of two recipes for a 7B in 24 GB: without and with recomputation."""
+
+    def estimate(command, device: str) -> list[dict]:
+        folder, file = tmp_path / "seven", tmp_path / "seven.toml"
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps(SEVEN))
+        file.write_text(
+            f'model = "{folder}"\ndevice = "{device}"\ndtype = "bfloat16"\ncompute = "packed"\n'
+            '[tasks.web]\ndata = "c4"\n'
+            "[recipes.wide]\nbatch = 32\n[recipes.again]\nbatch = 32\nrecompute = true\n"
+            '[[runs]]\nlevels = ["w4g64-s50"]\nkinds = ["rows"]\nrecipes = ["wide", "again"]\ntasks = ["web"]\n'
+        )
+        options = ("--dry-run", "--tokens-per-second", 1000, "--memory", "24GB", "--json")
+        return json.loads(command("matrix", file, "--root", tmp_path / "root", *options).stdout)["cells"]
+
+    return estimate
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+def test_a_dry_run_of_7b_needs_no_weights_and_says_what_fits_24_gb(command, seven, device):
+    wide, again = seven(command, device)
+    assert (wide["fits"], again["fits"]) == (False, True)
+    assert 13.3e9 < again["memory"]["teaching"] < 14.5e9  # the dense model in bf16
+    assert 3e9 < again["memory"]["weights"] < 5e9
+    assert wide["memory"]["activations"] > 3 * again["memory"]["activations"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "compute", "recompute"), [("kv", "packed", False), ("rows", "float32", False), ("kv", "float32", True)]
+)
+def test_the_estimate_of_memory_is_what_is_measured_within_a_fifth(tmp_path, kind, compute, recompute):
+    if not (folder := ROOT / "models" / "smollm2-135m").is_dir():
+        pytest.skip("the embedded model was not pulled")
+    script = Path(__file__).with_name("measure_peak.py")
+    options = (folder, "w3g64", kind, compute, 256, 4, int(recompute), tmp_path / "run")
+    out = subprocess.run(
+        [sys.executable, script, *map(str, options)], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    recipe = read_recipe("default", kind, {"recompute": recompute, "distil": 0.0})
+    expected = memory(info(folder).config, "w3g64", kind, recipe, compute, "bfloat16", cuda=False)
+    assert int(out.stdout) == pytest.approx(expected.peak, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("level", "bits"), [("dense", 16.0), ("w4g64", 4.25), ("w3g64", 4.25), ("w4g64-s50", 3.25), ("s50", 9.0)]
+)
+def test_bits_in_memory(level, bits):
+    assert resident_bits(level) == bits
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "must hold model"),
+        ('model = "x"\nlevels = 3', "levels is not known"),
+        ('model = "x"\n[tasks.a]\ndata = "c4"\n[[runs]]\nlevels = ["w3g64"]\ntasks = ["b"]', r"no \[tasks.b\]"),
+        ('model = "x"\n[tasks.a]\ndata = "c4"\n[[runs]]\nlevels = "w3g64"\ntasks = ["a"]', "levels must be a list"),
+        (
+            'model = "x"\n[tasks.a]\ndata = "c4"\n[[runs]]\nlevels = ["w3g64"]\nkinds = ["x"]\ntasks = ["a"]',
+            "none of rows",
+        ),
+        ("model = ", "cannot be read as TOML"),
+    ],
+)
+def test_a_table_that_does_not_hold_names_the_field(tmp_path, text, message):
+    file = tmp_path / "t.toml"
+    file.write_text(text)
+    with pytest.raises(TableError, match=message):
+        read_table(file)
+
+
+def test_the_table_that_comes_with_it_holds():
+    from importlib.resources import files
+
+    found = read_table(files("lab").joinpath("matrices", "smollm2.toml"))
+    names = [cell.name for cell in found.cells]
+    assert {f"w4g64-s50.{kind}.default.general.{seed}" for kind in ("rows", "kv") for seed in range(3)} <= set(names)
+    assert {cell.twin for cell in found.cells if cell.kind in ("rows", "kv") and cell.seed == 0} - set(names) <= {
+        "dense.rows.text.general.0",
+        "dense.kv.text.general.0",
+    }
+    assert all(cell.recipe.distil == 0 for cell in found.cells if cell.level == "dense")
