@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from lab.compress.compress import Plan, Sizes
     from lab.compress.job import Tokens
     from lab.data.documents import Document
-    from lab.data.windows import Windows
     from lab.run import Run
     from llama.manifest import Manifest
 
@@ -70,8 +69,10 @@ def compress(
     from lab.compress.compress import Order, planned
     from lab.compress.compress import compress as carry_out
     from lab.compress.job import Tokens
+    from lab.data.windows import cut
     from lab.progress import progress
     from lab.run import open_run
+    from llama.tokenizer import HubTokenizer
 
     if scales not in (None, "fitted", "largest"):
         raise CommandError(f"--scales is {scales!r}; it is fitted or largest", usage=True)
@@ -83,7 +84,8 @@ def compress(
     if plan.recipe.method.calibrated:
         if data is None:
             raise CommandError(f"{plan.recipe.method.name} calibrates on text: say --data", usage=True)
-        windows = _windows(plan.order.source, _documents(data, data_root, part), calibration_tokens, window, seed)
+        texts = cut(_documents(data, data_root, part), HubTokenizer(plan.order.source), window)
+        windows = texts.drawn(calibration_tokens, seed)
         tokens, digest = Tokens.of(windows.ids, windows.lengths), windows.digest
     with (
         open_run(run or out.with_name(f"{out.name}.run"), plan.config(digest), seed) as folder,
@@ -109,18 +111,6 @@ def _documents(data: str, root: Path | None, part: str) -> Sequence[Document]:
         return split(found).parts["calibration"]
     except DataError as error:
         raise CommandError(f"{error}; or calibrate on all of it: --part all") from error
-
-
-def _windows(model: Path, documents: Sequence[Document], count: int, length: int, seed: int) -> Windows:
-    """As many windows as hold `count` tokens, drawn by the seed; all if there are fewer."""
-    import torch
-
-    from lab.data.windows import cut
-    from llama.tokenizer import HubTokenizer
-
-    windows = cut(documents, HubTokenizer(model), length)
-    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
-    return windows.select(order[: int((windows.lengths[order].cumsum(0) < count).sum()) + 1])
 
 
 def _told(plan: Plan, manifest: Manifest, sizes: Sizes, run: Run, tokens: Tokens | None) -> dict[str, Any]:

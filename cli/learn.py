@@ -167,10 +167,11 @@ def _outlook(order: Order, splits: Splits) -> dict[str, Any]:
 
 def _carry_out(order: Order, splits: Splits, run: Path | None, out: Path | None, cache: Path, as_json: bool) -> None:
     from lab.data.splits import record
+    from lab.disk import write_bytes
     from lab.learn.learn import learn as carry_out
     from lab.learn.order import planned
     from lab.progress import progress
-    from lab.run import open_run, write_bytes
+    from lab.run import open_run
     from prompts_store.file import encode_prompt
 
     plan = planned(order, splits)

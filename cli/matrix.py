@@ -48,9 +48,9 @@ def matrix(
     A cell that fails is told and does not stop the others; the exit code is then 1.
     """
     from cli.model import find_model
+    from lab.disk import write_json
     from lab.matrix import Matrix, estimated, run
     from lab.progress import progress
-    from lab.run import write_json
     from lab.table import read_table
 
     told = read_table(table)

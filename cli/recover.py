@@ -183,10 +183,10 @@ def _run(
 
 def _write_page(folder: Path) -> None:
     """results.html and results.md of what the run folder holds."""
+    from lab.disk import write_bytes
     from lab.report.evidence import gather
     from lab.report.report import page_of
     from lab.report.write import html, markdown
-    from lab.run import write_bytes
 
     page = page_of(gather([folder], None))
     write_bytes(folder / "results.html", html(page).encode())

@@ -38,11 +38,11 @@ def report(
     Shown are compressions, learning, evaluations (run folders, or what `evaluate --json` printed, kept as FILE.json)
     and transfer, each figure with its interval, seeds, digests and command. What is missing is said to be.
     """
+    from lab.disk import write_bytes
     from lab.report.evidence import gather
     from lab.report.report import page_of
     from lab.report.sizes import original_bytes
     from lab.report.write import html, markdown
-    from lab.run import write_bytes
 
     size = None if original is None else (original.name, original_bytes(original))
     with opened_store(store, config, needed=store is not None) as opened:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -63,8 +62,6 @@ RunFolder = Annotated[
 
 COLUMNS = ("prompt", "kind", "learned_level", "level", "data", "split", "perplexity", "without", "gain", "interval")
 RUNS = Path("runs/lab")
-_TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smh])")
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 def transfer(
@@ -92,6 +89,7 @@ def transfer(
     at its level, on report it is what a report shows. A command that was cut short goes on where it stopped.
     """
     from cli.model import find_model
+    from lab.learn.budget import seconds_of
     from lab.progress import progress
     from lab.run import config_digest, open_run
     from lab.transfer.results import told
@@ -100,7 +98,7 @@ def transfer(
 
     asked = _Asked(models or [], in_situ, data or [], data_root, window, windows)
     asked.check(level or [])
-    seconds = _seconds(budget) if in_situ else None
+    seconds = seconds_of(budget) if in_situ else None
     found = models_of([find_model(name) for name in asked.names], level or [], base)
     with opened_store(store, config, needed=store is not None or not prompt) as registry:
         contenders = _contenders(registry, prompt or [], task or [], found[0].identity.base)
@@ -195,13 +193,6 @@ def _record(registry: PromptStore | None, cell: Cell) -> None:
 
     if registry is not None:
         record(registry, cell.contender, cell.measurement())
-
-
-def _seconds(text: str) -> float:
-    match = _TIME.fullmatch(text.strip())
-    if not match or not float(match[1]):
-        raise CommandError(f"--budget is a time such as 90s, 5m or 1h, got {text!r}", usage=True)
-    return float(match[1]) * _SECONDS[match[2]]
 
 
 def _show(run: Path, told: Mapping[str, Any]) -> None:

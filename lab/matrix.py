@@ -21,6 +21,7 @@ import torch
 
 from lab.data.named import documents
 from lab.data.splits import Splits, split
+from lab.disk import write_bytes
 from lab.errors import RunError
 from lab.estimate import BACKWARD, forward_speed, memory
 from lab.learn.budget import Budget
@@ -28,7 +29,7 @@ from lab.learn.compute import choose_compute
 from lab.progress import Report
 from lab.prove import Material, prove
 from lab.recover import PROMPT, Order, Places, Plan, compress, estimates, planned, recover, subject
-from lab.run import open_run, write_bytes
+from lab.run import open_run
 from lab.table import DENSE, Cell, Table, TableError
 from lab.transfer.samples import parts, sample
 from lab.whole import Whole

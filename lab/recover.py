@@ -23,6 +23,7 @@ from lab.compress.job import Tokens
 from lab.data.documents import DataError, Document
 from lab.data.splits import Splits
 from lab.data.windows import cut
+from lab.disk import write_bytes
 from lab.estimate import BACKWARD, forward_speed
 from lab.learn.budget import Budget, steps_of
 from lab.learn.learn import learn
@@ -32,7 +33,7 @@ from lab.learn.order import planned as planned_learning
 from lab.learn.recipe import Kind, LearnError, Recipe
 from lab.progress import Report
 from lab.prove import Material, Subject, prove
-from lab.run import FIGURES, Run, open_run, write_bytes
+from lab.run import FIGURES, Run, open_run
 from lab.transfer.samples import SPLITS, Sample, Split, sample
 from lab.whole import Whole
 from llama.errors import ModelError
@@ -268,10 +269,9 @@ def _solver_order(plan: Plan) -> solver.Order:
 
 
 def _calibration(model: Path, documents: Sequence[Document], order: Order) -> tuple[Tokens, str]:
-    """As many windows as hold the tokens that are to be read, drawn by the seed; all if there are fewer."""
+    """The windows that the solver reads, and their digest."""
     windows = cut(documents, HubTokenizer(model), min(CALIBRATION_WINDOW, order.recipe.window))
-    drawn = torch.randperm(len(windows), generator=torch.Generator().manual_seed(order.seed))
-    windows = windows.select(drawn[: int((windows.lengths[drawn].cumsum(0) < order.calibration).sum()) + 1])
+    windows = windows.drawn(order.calibration, order.seed)
     return Tokens.of(windows.ids, windows.lengths), windows.digest
 
 

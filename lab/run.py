@@ -19,8 +19,7 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -34,6 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lab.disk import saving, write_bytes, write_file, write_json
 from lab.errors import RunError
 
 CONFIG, VERSIONS, COMMAND = "config.json", "versions.json", "command.txt"
@@ -54,7 +54,7 @@ class Run:
     def __init__(self, folder: Path, config: Mapping[str, Any], seed: int, lock: FileLock) -> None:
         self.folder, self.config, self.seed = folder, config, seed
         self._lock = lock
-        with _saving(folder / LOG):
+        with saving(folder / LOG):
             self._log = (folder / LOG).open("a+b")
             self._cut(_whole_lines(folder / LOG))
 
@@ -74,17 +74,17 @@ class Run:
     def log(self, event: str, **fields: Any) -> None:
         """Add a line with the time (UTC). Raises RunError."""
         line = {"time": datetime.now(UTC).isoformat(timespec="seconds"), "event": event, **fields}
-        with _saving(self.folder / LOG):
+        with saving(self.folder / LOG):
             self._log.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
             self._log.flush()
 
     def save(self, state: State) -> None:
         """Replace the state. Raises RunError; the state before it is then still there."""
-        with _saving(self.folder / STATE):
+        with saving(self.folder / STATE):
             os.fsync(self._log.fileno())
             values = {"values": state.values, "log_bytes": self._log.seek(0, os.SEEK_END)}
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.tensors.items()}
-            _replace(self.folder / STATE, lambda part: save_file(tensors, part, {"state": json.dumps(values)}))
+            write_file(self.folder / STATE, lambda part: save_file(tensors, part, {"state": json.dumps(values)}))
 
     def load(self) -> State | None:
         """The last state that was saved, or None. The log is cut back to what it was then. Raises RunError."""
@@ -117,7 +117,7 @@ class Run:
         return [line for line in lines if name in (None, line["event"])]
 
     def _cut(self, size: int) -> None:
-        with _saving(self.folder / LOG):
+        with saving(self.folder / LOG):
             self._log.truncate(min(size, self._log.seek(0, os.SEEK_END)))
             self._log.seek(0, os.SEEK_END)
 
@@ -130,7 +130,7 @@ def open_run(folder: Path, config: Mapping[str, Any], seed: int = 0) -> Run:
     """
     asked = {"config": json.loads(json.dumps(dict(config))), "seed": seed}
     record = {"digest": config_digest(asked), **asked}
-    with _saving(folder):
+    with saving(folder):
         if folder.is_dir() and not (folder / CONFIG).exists() and any(_strangers(folder)):
             raise RunError(f"{folder} is not empty and holds no run; choose another folder (--run)")
         folder.mkdir(parents=True, exist_ok=True)
@@ -172,51 +172,6 @@ def versions() -> dict[str, Any]:
         "cpu": f"{_cpu()}, {torch.backends.cpu.get_cpu_capability()}",
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Replace `path`. Raises RunError."""
-    write_bytes(path, json.dumps(value, indent=2, ensure_ascii=False).encode() + b"\n")
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace `path`, which is whole at any moment, then and after a crash. Raises RunError."""
-    with _saving(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _replace(path, lambda part: part.write_bytes(data))
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    part = path.with_name(f".{path.name}.part")
-    try:
-        write(part)
-        _sync(part)
-        part.replace(path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def _saving(path: Path) -> Iterator[None]:
-    """Turns what the disk refuses into a RunError that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RunError(
-            f"{path} cannot be written: {why}. What was saved before is intact: make room or give access, "
-            "and start the same command again"
-        ) from error
 
 
 def _locked(folder: Path) -> FileLock:

@@ -6,18 +6,15 @@ Knows the Hub's layout; knows no tensor by name.
 
 from __future__ import annotations
 
-import json
-import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lab.disk import give_name, saving, write_file, write_json
 from lab.errors import RunError
 from llama.errors import ModelError
 from llama.fingerprint import weights_digest
@@ -41,19 +38,15 @@ class GrowingFolder:
         check_free(place)
         self.place, self._shards = place, shards
         self._growing = place.with_name(f".{place.name}.part")
-        with _writing(self._growing):
+        with saving(self._growing):
             self._growing.mkdir(parents=True, exist_ok=True)
 
     def add(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write shard `number` (from 0); one that is there already is replaced. Raises RunError."""
         target = self._growing / self._name(number)
-        scratch = target.with_suffix(".part")
-        with _writing(target):
-            try:
-                save_file({name: t.cpu().contiguous() for name, t in tensors.items()}, scratch, {"format": "pt"})
-                _publish(scratch, target)
-            finally:
-                scratch.unlink(missing_ok=True)
+        held = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+        with saving(target):
+            write_file(target, lambda part: save_file(held, part, {"format": "pt"}))
 
     def require(self, count: int) -> None:
         """Raise RunError unless the first `count` shards are there, as a run that goes on believes."""
@@ -66,16 +59,16 @@ class GrowingFolder:
 
         `seal` makes the manifest of the weights' digest. Raises RunError, ModelError.
         """
-        with _writing(self._growing):
-            _write_json(self._growing / INDEX, self._index())
-            _write_json(self._growing / "config.json", config)
+        with saving(self._growing):
+            write_json(self._growing / INDEX, self._index())
+            write_json(self._growing / "config.json", config)
             for name in COPIED:
                 if (source / name).is_file():
                     shutil.copyfile(source / name, self._growing / name)
             manifest = seal(weights_digest(self._growing))
             manifest.write(self._growing)
             check_free(self.place)
-            _publish(self._growing, self.place)
+            give_name(self._growing, self.place)
         return manifest
 
     def _index(self) -> dict[str, Any]:
@@ -98,35 +91,3 @@ def check_free(place: Path) -> None:
         return
     if place.exists():
         raise ModelError(f"{place} is there already and not empty; choose another folder for --out, or remove it")
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turns what the disk refuses into a RunError that says what to do."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RunError(
-            f"{path} cannot be written: {why}. What was made before is intact: make room or give access, and start the "
-            "same command again"
-        ) from error
-
-
-def _publish(scratch: Path, target: Path) -> None:
-    """Give what was written as `scratch` its name, so that it outlives a crash of the machine. Raises OSError."""
-    _sync(scratch)
-    os.replace(scratch, target)
-    _sync(target.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from lab.data.documents import DataError, Document, digest
-from lab.run import write_json
+from lab.disk import write_json
 
 Part = Literal["report", "select", "learn", "calibration"]
 

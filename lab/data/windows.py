@@ -65,6 +65,11 @@ class Windows:
         """Those of the given numbers (or mask), in that order."""
         return windows(self.ids[rows], self.scored[rows], self.document[rows])
 
+    def drawn(self, tokens: int, seed: int) -> Windows:
+        """As many as hold so many tokens, drawn by the seed; all if there are fewer."""
+        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+        return self.select(order[: int((self.lengths[order].cumsum(0) < tokens).sum()) + 1])
+
 
 def windows(ids: Tensor, scored: Tensor, document: Tensor, left_out: int = 0) -> Windows:
     """Windows of just these tensors."""

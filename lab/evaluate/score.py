@@ -7,7 +7,7 @@ scored. Knows windows, a model and a teacher; knows no files and no statistics.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -109,7 +109,7 @@ def score(
     nll, hits = torch.zeros(shape), torch.zeros(shape, dtype=torch.bool)
     kl, agrees = (None, None) if teacher is None else (torch.zeros(shape), torch.zeros(shape, dtype=torch.bool))
     done = 0
-    for rows, hidden in predicting(model, windows, before, batch_tokens=batch_tokens):
+    for rows, hidden in predicting(model, windows, before, batches(windows, batch_tokens)):
         at = _places(windows, rows)
         target = windows.ids[at].to(model.device)
         theirs = None if teacher is None else teacher.hidden(rows)
@@ -137,17 +137,19 @@ def score(
     return Scores(windows, nll, hits, kl, agrees)
 
 
-def predicting(
-    model: Llama, windows: Windows, before: Prefix | None, *, batch_tokens: int = BATCH_TOKENS, in_order: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of windows: (their numbers (B,), the hidden states (n, H) that predict their n scored tokens).
-
-    Windows of like length go together, or `in_order` as they stand.
-    """
+def batches(windows: Windows, batch_tokens: int = BATCH_TOKENS, *, in_order: bool = False) -> tuple[Tensor, ...]:
+    """The numbers (B,) of windows that go together: those of like length, or `in_order` as they stand."""
     lengths = windows.lengths
     order = torch.arange(len(windows)) if in_order else lengths.argsort(stable=True)
-    for rows in torch.split(order, _batches(lengths[order].tolist(), batch_tokens)):
-        width = max(2, int(lengths[rows].max()))
+    return torch.split(order, _sizes(lengths[order].tolist(), batch_tokens))
+
+
+def predicting(
+    model: Llama, windows: Windows, before: Prefix | None, together: Iterable[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each of the `batches`: (its rows, the hidden states (n, H) that predict the n tokens it scores)."""
+    for rows in together:
+        width = max(2, int(windows.lengths[rows].max()))
         hidden = hidden_states(model, windows.ids[rows, : width - 1], before)  # the last token predicts nothing
         yield rows, hidden[windows.scored[rows, 1:width].to(hidden.device)]
 
@@ -158,7 +160,7 @@ def divergence(dense: Tensor, model: Tensor) -> Tensor:
     return (p.exp() * (p - q)).sum(-1).clamp_min(0.0)
 
 
-def _batches(lengths: list[int], batch_tokens: int) -> list[int]:
+def _sizes(lengths: list[int], batch_tokens: int) -> list[int]:
     """How many windows go together, one after another, so that none but a lone one takes more than `batch_tokens`."""
     sizes, count, widest = [], 0, 0
     for length in lengths:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lab.data.windows import Windows
 from lab.errors import RunError
-from lab.evaluate.score import Progress, Teacher, predicting
+from lab.evaluate.score import Progress, Teacher, batches, predicting
 from llama.load import LoadedModel
 from llama.model import Llama
 
@@ -34,7 +34,7 @@ def teacher(
     if cache is None:
         states = torch.empty(windows.scored_tokens, model.config.hidden_size, dtype=model.dtype)
         at = 0
-        for part in _states(model, windows, report):
+        for part in _states(model, windows, batches(windows, in_order=True), report):
             states[at : at + len(part)] = part
             at += len(part)
     else:
@@ -44,12 +44,11 @@ def teacher(
 
 
 @torch.inference_mode()
-def _states(model: Llama, windows: Windows, report: Progress, first: int = 0) -> Iterator[Tensor]:
-    """States (n, H) on the CPU of the scored tokens, batch after batch, of the windows from number `first` on."""
-    rest = windows.select(torch.arange(first, len(windows)))
-    for rows, hidden in predicting(model, rest, None, in_order=True):
+def _states(model: Llama, windows: Windows, together: Sequence[Tensor], report: Progress) -> Iterator[Tensor]:
+    """States (n, H) on the CPU of the scored tokens of the windows, batch after batch."""
+    for rows, hidden in predicting(model, windows, None, together):
         yield hidden.cpu()
-        report("dense model", first + int(rows[-1]) + 1, len(windows))
+        report("dense model", int(rows[-1]) + 1, len(windows))
 
 
 def _kept(dense: LoadedModel, windows: Windows, cache: Path, report: Progress) -> Tensor:
@@ -73,14 +72,15 @@ def _kept(dense: LoadedModel, windows: Windows, cache: Path, report: Progress) -
 
 
 def _append(model: Llama, windows: Windows, part: Path, dtype: torch.dtype, report: Progress) -> None:
-    """Bring the file to its end, from the last window that it holds whole."""
+    """Bring the file to its end, from the last batch that it holds whole: in another batch, rounding would differ."""
     row = model.config.hidden_size * dtype.itemsize  # bytes
-    ends = windows.scored.sum(1).cumsum(0)
+    together = batches(windows, in_order=True)
+    ends = torch.stack([windows.scored[rows].sum() for rows in together]).cumsum(0)
     held = part.stat().st_size // row if part.exists() else 0
     done = int((ends <= held).sum())
     with part.open("ab") as out:
         out.truncate(int(ends[done - 1]) * row if done else 0)
-        for states in _states(model, windows, report, done) if done < len(windows) else ():
+        for states in _states(model, windows, together[done:], report):
             out.write(states.to(dtype).contiguous().view(torch.uint8).numpy().tobytes())
         out.flush()
         os.fsync(out.fileno())

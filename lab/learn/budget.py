@@ -32,15 +32,20 @@ def parse_budget(time: str | None, tokens: int | None, steps: int | None, recipe
     if len(named) > 1:
         raise LearnError(f"{' and '.join(named)} contradict each other; give one of them")
     if time is not None:
-        match = _TIME.fullmatch(time.strip())
-        if not match or not float(match[1]):
-            raise LearnError(f"--budget is a time such as 90s, 15m or 1.5h, got {time!r}")
-        return Budget(float(match[1]) * _SECONDS[match[2]], "seconds")
+        return Budget(seconds_of(time), "seconds")
     amount, unit = (steps, "steps") if steps is not None else (recipe.tokens if tokens is None else tokens, "tokens")
     assert amount is not None
     if amount < 1:
         raise LearnError(f"--{unit} must be at least 1, got {amount}")
     return Budget(amount, "steps" if unit == "steps" else "tokens")
+
+
+def seconds_of(time: str) -> float:
+    """A time such as 90s, 15m or 1.5h. Raises LearnError."""
+    match = _TIME.fullmatch(time.strip())
+    if not match or not float(match[1]):
+        raise LearnError(f"--budget is a time such as 90s, 15m or 1.5h, got {time!r}")
+    return float(match[1]) * _SECONDS[match[2]]
 
 
 def steps_of(budget: Budget, windows: Windows, recipe: Recipe) -> int:

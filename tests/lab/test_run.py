@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from lab.disk import write_bytes
 from lab.errors import RunError
 from lab.progress import Lines, progress
-from lab.run import LOG, STATE, State, config_digest, open_run, write_bytes
+from lab.run import LOG, STATE, State, config_digest, open_run
 
 CONFIG = {"recipe": {"lr": 0.01, "steps": 5}, "data": "sha256:00"}
 

@@ -14,7 +14,7 @@ from support.tiny import kv, ours, rows
 from lab.data.windows import windows
 from lab.evaluate import score as scoring
 from lab.evaluate.forward import hidden_states, prefix
-from lab.evaluate.score import NotFiniteLoss, Teacher, predicting, score
+from lab.evaluate.score import NotFiniteLoss, Teacher, batches, predicting, score
 
 EXACT = {"rtol": 0, "atol": 1e-4}
 
@@ -104,7 +104,7 @@ def test_chunks_of_logits_change_nothing(pair, kind, monkeypatch):
 
 
 def states(model, data):
-    return torch.cat([hidden for _, hidden in predicting(model, data, None, in_order=True)])
+    return torch.cat([hidden for _, hidden in predicting(model, data, None, batches(data, in_order=True))])
 
 
 @torch.inference_mode()
