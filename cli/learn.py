@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -63,7 +64,7 @@ Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<
 ComputeName = Annotated[
     str,
     typer.Option(
-        "--compute", help="packed, or a copy in float32 or bfloat16: more memory, faster.", rich_help_panel=NUMERICS
+        "--compute", help="packed, or a copy in int8, float32 or bfloat16.", rich_help_panel=NUMERICS
     ),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell the plan and its memory, and learn nothing.")]
@@ -142,14 +143,14 @@ def _check_words(kind: str, bos: str, out: Path | None) -> None:
 
 def _outlook(order: Order, splits: Splits) -> dict[str, Any]:
     """What would be learned, on how much, and the bytes that it takes."""
-    from dataclasses import asdict
-
+    from lab.estimate import learned_elements, memory
     from lab.learn.budget import steps_of
-    from lab.learn.estimate import estimate, learned_elements
     from lab.learn.order import planned
 
     plan = planned(order, splits)
-    memory = estimate(plan.config, order.kind, order.recipe, plan.dtype, plan.compute, plan.dense is not None)
+    recipe = order.recipe if plan.dense else replace(order.recipe, distil=0.0)
+    cuda = plan.device.type == "cuda"
+    need = memory(plan.config, plan.identity.level, order.kind, recipe, plan.compute, plan.dtype, cuda)
     return {
         "kind": order.kind,
         "level": plan.identity.level,
@@ -160,8 +161,7 @@ def _outlook(order: Order, splits: Splits) -> dict[str, Any]:
         "select_windows": len(plan.select),
         "device": plan.device.type,
         "compute": plan.compute,
-        **{f"{name}_bytes": size for name, size in asdict(memory).items()},
-        "peak_bytes": memory.peak,
+        "memory": need.told(),
     }
 
 

@@ -6,14 +6,16 @@ Memory is the larger of two moments.
     learning   weights + one block dequantised + activations + a chunk of logits, and the dense model's head
 
     weights      `packed`: stored bits of the blocks' linears, 2- and 3-bit codes as 4-bit ones; as a copy: all of them
-                 in the compute dtype (c bytes); and the tables, V H a table, twice if untied
+                 in the compute dtype (c bytes); and the tables, V H a table, twice if untied. In int8 linears and head
+                 are there twice, a byte and a sixteenth each, the embedding and all activations in fp32
     one block    its linears in the compute dtype: what the way back through a packed product rebuilds, layer by layer
     activations  of B T text tokens and B N positions before them, in each of L blocks, what the way back needs:
                  MLP 3 I c, two norms 2 H 4, q and what attention gives (2 heads + KV heads) D c, for each text token,
                  and 2 KV heads D c for each text token and position; a mask T (T + N) c. On CUDA no fused attention
                  takes a mask with grouped heads, so that the probabilities count, too: B heads T (T + N) (c + 4).
                  Recomputed: one H c a block, and one block whole.
-    logits       four times a chunk of 2^23 elements in fp32, or B T V where that is less
+    logits       four times a chunk in fp32, of 2^20 elements on the CPU and 2^23 on CUDA, or B T V where that is less
+    learned      six times the prompt in fp32: itself, its gradient, two moments, the average and the best
     libraries    64 MB of their own
     slack        on the CPU a quarter of all: freed pieces that the C library keeps (MALLOC_MMAP_THRESHOLD_=131072 in
                  the environment makes it give them back, at some cost in speed)
@@ -25,7 +27,7 @@ shapes; knows no weights.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 
@@ -35,6 +37,7 @@ from lab.evaluate.score import LOGITS as SCORED_LOGITS
 from lab.learn.losses import LOGITS
 from lab.learn.recipe import Recipe
 from llama.config import LlamaConfig
+from llama.native import GROUP
 from prompts_store.level import parse_level
 
 SHARE = 0.45  # of a lone product's speed that the whole forward pass reaches
@@ -43,6 +46,8 @@ PRODUCT_ROWS = 512
 LIBRARIES = 64_000_000  # bytes
 SLACK = 0.25
 CODES = {2: 4, 3: 4}  # bits that codes take in memory
+INTEGERS = 2 * (1 + 4 / GROUP)  # bytes of a weight in int8 with its scale, forth and back
+COPIES = 6  # of what is learned
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +59,23 @@ class Memory:
     block: int
     activations: int
     logits: int
+    learned: int
     head: int
     slack: float = 0.0  # share of what is learned with
 
     @property
     def learning(self) -> int:
-        whole = self.weights + self.block + self.activations + self.logits + self.head + LIBRARIES
+        whole = self.weights + self.block + self.activations + self.logits + self.learned + self.head + LIBRARIES
         return round(whole * (1 + self.slack))
 
     @property
     def peak(self) -> int:
         return max(self.teaching, self.learning)
+
+    def told(self) -> dict[str, int]:
+        """As JSON: the peak and what it is made of."""
+        parts = {name: size for name, size in asdict(self).items() if name != "slack"}
+        return {"peak": self.peak, **parts}
 
 
 def memory(config: LlamaConfig, level: str, kind: str, recipe: Recipe, compute: str, dtype: str, cuda: bool) -> Memory:
@@ -76,17 +87,31 @@ def memory(config: LlamaConfig, level: str, kind: str, recipe: Recipe, compute: 
     tables = table * (1 if config.tied else 2)
     if compute == "packed" and level != "dense":
         weights = int(linears * resident_bits(level) / 8) + tables * served
+    elif compute == "int8":
+        weights = int((linears + table) * INTEGERS) + table * item
     else:
         weights = (linears + tables) * item
     micro = recipe.micro or recipe.batch
     positions = recipe.positions if kind in ("rows", "kv") else 0
     activations = _activations(config, micro, recipe.window, positions, item, recipe.recompute, cuda)
     distils = recipe.distil > 0 and level != "dense"
-    logits = 4 * 4 * min(LOGITS, micro * recipe.window * config.vocab_size)
+    logits = 4 * 4 * min(LOGITS["cuda" if cuda else "cpu"], micro * recipe.window * config.vocab_size)
     teaching = (linears + tables) * served + _scoring(config, served) if distils else 0
     packed = compute == "packed" and level != "dense"
     rebuilt, head = block * item if packed else 0, table * served * distils
-    return Memory(teaching, weights, rebuilt, activations, logits, head, 0.0 if cuda else SLACK)
+    learned = COPIES * 4 * learned_elements(config, kind, recipe.positions)
+    return Memory(teaching, weights, rebuilt, activations, logits, learned, head, 0.0 if cuda else SLACK)
+
+
+def learned_elements(config: LlamaConfig, kind: str, n: int) -> int:
+    """Parameters that are learned; n positions, of LoRA the rank."""
+    q, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    return {
+        "rows": n * config.hidden_size,
+        "kv": 2 * config.num_layers * n * kv,
+        "lora": config.num_layers * n * (2 * config.hidden_size + q + kv),
+        "norms": (2 * config.num_layers + 1) * config.hidden_size,
+    }[kind]
 
 
 def resident_bits(level: str) -> float:

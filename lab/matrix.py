@@ -108,15 +108,7 @@ def _estimate(matrix: Matrix, cell: Cell, limit: int | None, speed: float) -> di
         "tokens": int(tokens),
         "tokens_per_second": round(speed, 1),
         "seconds": round(tokens / speed + (scored + taught) / (speed * BACKWARD)),
-        "memory": {
-            "peak": need.peak,
-            "teaching": need.teaching,
-            "weights": need.weights,
-            "block": need.block,
-            "activations": need.activations,
-            "logits": need.logits,
-            "head": need.head,
-        },
+        "memory": need.told(),
         "fits": None if limit is None else need.peak <= limit,
     }
 

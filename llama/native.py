@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 PANEL = 32  # outputs of a panel of weights
+GROUP = 64  # inputs that share a scale in a product of integers
 SCALES = (torch.bfloat16, torch.float32, torch.float16)  # what scales may be kept in, as the product numbers them
 DOT_GAIN = 1.5  # of the bf16 dot product over fp32's multiply-add: from here on oneDNN, which uses it, is ahead
 LANES = 16  # what page sizes and head widths must be multiples of
@@ -23,6 +24,7 @@ POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes
 SIGNATURES = {
     "panels": (POINTER, LONG, LONG, POINTER),
     "gemm": (INT, INT, INT, *[POINTER] * 5, LONG, POINTER, LONG, LONG, LONG, POINTER),
+    "integers": (*[POINTER] * 4, LONG, LONG, LONG, POINTER),
     "norm": (POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
     "rotate": (POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER),
     "swiglu": (POINTER, LONG, LONG, POINTER),
@@ -46,6 +48,15 @@ class Coded:
     values: Tensor | None
 
 
+@dataclass(frozen=True, slots=True)
+class Integers:
+    """Weights as `Kernels.integers` reads them: codes (panels, K / 4, 32, 4) uint8, 128 above their value, and scales
+    (panels, K / GROUP, 32) fp32. W = (code - 128) * scale."""
+
+    codes: Tensor
+    scales: Tensor
+
+
 class Kernels:
     """The functions of the library. Tensors are on the CPU; bf16 unless said."""
 
@@ -56,6 +67,7 @@ class Kernels:
 
         self._dot_gain = library.promptstitch_dot_gain
         self._dot_gain.restype = ctypes.c_double
+        self.multiplies_integers = bool(library.promptstitch_integers_supported())
 
     def dot_gain(self) -> float:
         """Products a second of the bf16 dot product, which this CPU must have, over those of fp32's multiply-add."""
@@ -98,6 +110,14 @@ class Kernels:
         kept = 0 if scales is None else SCALES.index(scales.dtype)
         wide = x.dtype == torch.float32
         self._call["gemm"](bits, kept, wide, x.data_ptr(), *packed, b, m, out_features, k, y.data_ptr())
+        return y
+
+    def integers(self, x: Tensor, weights: Integers, bias: Tensor | None, out_features: int) -> Tensor:
+        """x (T, K) fp32, rounded to 8 bits in groups → x Wᵀ + b (T, N) fp32. Where `multiplies_integers` says so."""
+        x = x.contiguous()
+        (m, k), y = x.shape, x.new_empty(x.shape[0], out_features)
+        packed = (weights.codes.data_ptr(), weights.scales.data_ptr(), None if bias is None else bias.data_ptr())
+        self._call["integers"](x.data_ptr(), *packed, m, out_features, k, y.data_ptr())
         return y
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

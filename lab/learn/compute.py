@@ -13,35 +13,51 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lab.learn.recipe import LearnError
+from llama import native
 from llama.embedding import DenseEmbedding
+from llama.integers import IntegerLinear, fits
 from llama.linear import DenseLinear, FusedLinear, Linear
 from llama.model import Attend, Block, Llama, RMSNorm
 from llama.rope import Rotation
 
-Compute = Literal["auto", "packed", "float32", "bfloat16"]
+Compute = Literal["auto", "packed", "float32", "bfloat16", "int8"]
 
 
 def choose_compute(name: str, device: torch.device) -> str:
-    """`auto` is a copy in bf16 on CUDA, and in fp32 on the CPU, which multiplies it no slower. Raises LearnError."""
+    """`auto` is what multiplies fastest: a copy in bf16 on CUDA, in int8 on a CPU with VNNI, else in fp32.
+
+    Raises LearnError.
+    """
     if name not in get_args(Compute):
         raise LearnError(f"compute is {name!r}; choose one of {', '.join(get_args(Compute))}")
-    if name == "auto":
-        return "bfloat16" if device.type == "cuda" else "float32"
+    if name == "auto" and device.type == "cuda":
+        return "bfloat16"
+    if name in ("auto", "int8"):
+        if device.type == "cpu" and (kernels := native.kernels()) and kernels.multiplies_integers:
+            return "int8"
+        if name == "int8":
+            raise LearnError("compute is 'int8', which needs a CPU with AVX-512 VNNI and the kernels; choose float32")
+        return "float32"
     return name
 
 
 def for_learning(model: Llama, compute: str) -> Llama:
     """A model of the same values that multiplies in `compute`; `packed`: itself. Layers of `model` are let go of.
 
-    Of the weights only their storage changes: a value that is served in bf16 is the same value in fp32.
+    In fp32 only their storage changes: a value that is served in bf16 is the same value. In int8 linear layers are
+    `IntegerLinear` where their shape allows it, and all else is fp32.
     """
     if compute == "packed":
         return model
-    dtype: torch.dtype = getattr(torch, compute)
+    kernels = native.kernels() if compute == "int8" else None
+    dtype: torch.dtype = torch.float32 if compute == "int8" else getattr(torch, compute)
 
-    def plain(layer: Linear) -> DenseLinear:
-        bias = _bias(layer)
-        return DenseLinear(layer.dense().detach().to(dtype), None if bias is None else bias.detach().to(dtype))
+    def plain(layer: Linear) -> Linear:
+        weight, bias = layer.dense().detach(), _bias(layer)
+        bias = None if bias is None else bias.detach().to(dtype)
+        if kernels is not None and fits(weight):
+            return IntegerLinear(kernels, weight, bias)
+        return DenseLinear(weight.to(dtype), bias)
 
     def norm(layer: RMSNorm) -> RMSNorm:
         return RMSNorm(layer.weight.to(dtype), layer.eps)
@@ -52,11 +68,10 @@ def for_learning(model: Llama, compute: str) -> Llama:
         parts += [norm(block.mlp_norm), plain(block.gate_up), plain(block.down)]
         blocks.append(Block(model.config, block.index, *parts))  # type: ignore[arg-type]
         block.qkv = block.o = block.gate_up = block.down = None  # type: ignore[assignment]
-    embedding = model.embedding.dense().detach().to(dtype)
-    head = model.head.dense().detach().to(dtype)
-    shared = head.shape == embedding.shape and torch.equal(head, embedding)
-    table, head_layer = DenseEmbedding(embedding), DenseLinear(embedding if shared else head)
-    return Llama(model.config, table, blocks, norm(model.norm), head_layer).eval()
+    embedding, head = model.embedding.dense().detach().to(dtype), plain(model.head)
+    if isinstance(head, DenseLinear) and head.weight is not None and torch.equal(head.weight, embedding):
+        head = DenseLinear(embedding)
+    return Llama(model.config, DenseEmbedding(embedding), blocks, norm(model.norm), head).eval()
 
 
 def _bias(layer: Linear) -> Tensor | None:

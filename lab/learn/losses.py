@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from llama.linear import DenseLinear, Linear, OpaqueLinear
 
-LOGITS = 1 << 23  # elements of a chunk of logits: 32 MiB in fp32, of which four exist at a time with a teacher
+LOGITS = {"cpu": 1 << 20, "cuda": 1 << 23}  # elements of a chunk of logits: what a cache holds; what fills a GPU
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def chunked_loss(hidden: Tensor, head: Linear, target: Target, rows: int | None 
 
     The gradient reaches `hidden` alone. Logits are taken to fp32 before anything is summed (fp64 stays).
     """
-    rows = rows or max(1, LOGITS // head.out_features)
+    rows = rows or max(1, LOGITS[hidden.device.type] // head.out_features)
     out: tuple[Tensor, Tensor] = _Chunked.apply(hidden, head, target, rows)  # type: ignore[no-untyped-call]
     total, parts = out
     cross_entropy, divergence = parts.tolist()

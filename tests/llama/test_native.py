@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from llama import native
 from llama.formats.bitsandbytes import NF4_VALUES
+from llama.integers import IntegerLinear, rounded
 from llama.linear import DenseLinear
 from llama.packed import TWOS_COMPLEMENT
 from llama.panels import PanelLinear
@@ -39,6 +40,54 @@ def test_product_of_every_width(n, k):
     for tokens in (1, 2, 7, 30):
         x, weight = random(tokens, k), random(n, k)
         close(kernels.linear(x, kernels.panels(weight), None, n), x.float() @ weight.float().t())
+
+
+needs_integers = pytest.mark.skipif(
+    kernels is None or not kernels.multiplies_integers, reason="this CPU multiplies no integers (AVX-512 VNNI)"
+)
+
+
+def on_a_grid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, K) as integers (T, groups, 64) and scales (T, groups, 1), as the kernel rounds it."""
+    groups = x.view(len(x), -1, native.GROUP)
+    largest = groups.abs().amax(-1, keepdim=True)
+    return (groups * (torch.full_like(largest, 127) / largest).nan_to_num(posinf=0)).round(), largest / 127
+
+
+@needs_integers
+@pytest.mark.parametrize(("tokens", "n", "k"), [(1, 64, 64), (12, 128, 192), (25, 192, 576), (40, 77, 128)])
+def test_products_of_integers_are_summed_exactly(tokens, n, k):
+    x, weight, bias = random(tokens, k).float(), random(n, k).float(), random(n).float()
+    x[0] = 0
+    held = rounded(weight)
+    codes = held.codes.transpose(1, 2).reshape(-1, k)[:n].double() - 128
+    scales = held.scales.transpose(1, 2).reshape(-1, k // native.GROUP)[:n].double()
+    (inputs, steps), grouped = on_a_grid(x), codes.view(n, -1, native.GROUP)
+    sums = torch.einsum("tgi,ngi->tng", inputs.double(), grouped) * steps.squeeze(-1).double()[:, None] * scales
+    exact = sums.sum(-1) + bias.double()
+    got = kernels.integers(x, held, bias, n)
+    torch.testing.assert_close(got.double(), exact, rtol=1e-5, atol=1e-5 * float(exact.abs().max()))
+    assert (exact - F.linear(x, weight, bias)).norm() < 0.02 * exact.norm()
+
+
+@needs_integers
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_weights_on_a_coarse_grid_stay_what_they_are(bits):
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (64, 128), generator=generator).float()
+    weight = codes * torch.rand(64, 1, generator=generator)
+    layer = IntegerLinear(kernels, weight)
+    held = layer._forth
+    got = (held.codes.transpose(1, 2).reshape(64, 2, 64).float() - 128) * held.scales.transpose(1, 2).reshape(64, 2, 1)
+    torch.testing.assert_close(got.view(64, 128), weight, rtol=1e-6, atol=0)
+
+
+@needs_integers
+def test_the_derivative_of_a_product_of_integers():
+    weight, x = random(128, 192).float(), random(30, 192).float().requires_grad_()
+    dy = random(30, 128).float()
+    (slope,) = torch.autograd.grad(IntegerLinear(kernels, weight)(x), x, dy)
+    assert (slope - dy @ weight).norm() < 0.02 * slope.norm()
 
 
 @pytest.mark.parametrize("scales", native.SCALES)

@@ -9,9 +9,13 @@ from lab.learn.compute import choose_compute, for_learning
 from lab.learn.forms import LoraForm, NormForm, PromptForm, first
 from lab.learn.losses import Target, chunked_loss
 from lab.learn.recipe import LearnError
+from llama import native
+from llama.integers import IntegerLinear
+from llama.linear import DenseLinear
 
 IDS = torch.randint(0, 250, (2, 7), generator=torch.Generator().manual_seed(1))
 N = 3
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +98,31 @@ def test_a_copy_in_fp32_holds_the_very_values_that_are_served_in_bf16(dense):
     assert copy.head.dense().data_ptr() == copy.embedding.dense().data_ptr()  # tied, and there once
 
 
-def test_compute_is_one_of_four():
-    assert choose_compute("auto", torch.device("cpu")) == "float32"
+def test_integers_give_nearly_the_gradient_of_fp32():
+    """Layers whose sides are multiples of 64 are products of integers, the others stay as they are."""
+    if choose_compute("auto", CPU) != "int8":
+        pytest.skip("this CPU has no VNNI, or the kernels were not built")
+    config = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
+    found = []
+    for compute in ("float32", "int8"):
+        model = for_learning(ours(reference(**config)), compute)
+        assert isinstance(model.blocks[0].down, IntegerLinear) == (compute == "int8")
+        assert isinstance(model.head, DenseLinear)  # 260 tokens
+        tensors = {"prompt_embeddings": torch.full((N, 128), 0.1).requires_grad_()}
+        total = loss(model, PromptForm(model, N), tensors, distil=0.0)
+        found.append((total.detach(), *torch.autograd.grad(total, list(tensors.values()))))
+    (plain, slope), (rounded, near) = found
+    assert rounded.item() == pytest.approx(plain.item(), rel=1e-2)
+    assert torch.cosine_similarity(near.flatten(), slope.flatten(), 0) > 0.99
+
+
+def test_compute_is_one_of_five(monkeypatch):
+    monkeypatch.setattr(native, "kernels", lambda: None)
+    assert choose_compute("auto", CPU) == "float32"
+    with pytest.raises(LearnError, match="needs a CPU with AVX-512 VNNI and the kernels; choose float32"):
+        choose_compute("int8", CPU)
     with pytest.raises(LearnError, match="compute is 'int7'; choose one of auto, packed"):
-        choose_compute("int7", torch.device("cpu"))
+        choose_compute("int7", CPU)
 
 
 def test_a_kv_prompt_made_of_rows_has_their_loss(model):

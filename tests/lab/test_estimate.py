@@ -5,7 +5,7 @@ import torch
 from support.learning import small_recipe
 from support.tiny import ours, reference
 
-from lab.learn.estimate import estimate
+from lab.estimate import memory
 from lab.learn.forms import PromptForm
 from lab.learn.recipe import read_recipe
 from llama.config import LlamaConfig, RopeConfig
@@ -30,14 +30,20 @@ def test_activations_are_what_autograd_keeps():
     tensors = {name: torch.randn(shape, requires_grad=True) for name in ("keys", "values")}
     ids = torch.randint(0, 250, (4, 50))
     recipe = small_recipe("kv", batch=4, window=50)
-    told = estimate(c, "kv", recipe, "float32", "float32", False)
+    told = memory(c, "dense", "kv", recipe, "float32", "float32", cuda=False)
     assert told.activations == pytest.approx(kept_bytes(model, ids, tensors, False), rel=0.15)
 
 
 def test_recomputing_keeps_little_between_the_passes():
     told = {
-        recompute: estimate(
-            SEVEN_B, "kv", read_recipe("default", "kv", {"recompute": recompute}), "bfloat16", "bfloat16", True
+        recompute: memory(
+            SEVEN_B,
+            "w4g64",
+            "kv",
+            read_recipe("default", "kv", {"recompute": recompute}),
+            "bfloat16",
+            "bfloat16",
+            cuda=True,
         )
         for recompute in (False, True)
     }
@@ -49,4 +55,4 @@ def test_recomputing_keeps_little_between_the_passes():
 @pytest.mark.parametrize("kind", ["rows", "kv"])
 def test_a_7b_fits_in_24_gb(name, kind):
     recipe = read_recipe(name, kind, {"recompute": True})
-    assert estimate(SEVEN_B, kind, recipe, "bfloat16", "bfloat16", name == "default").peak < 18e9
+    assert memory(SEVEN_B, "w4g64-s50", kind, recipe, "bfloat16", "bfloat16", cuda=True).peak < 18e9
