@@ -222,6 +222,7 @@ def _text(
     from lab.data.windows import cut
     from lab.evaluate.conditions import conditions
     from lab.evaluate.score import NotFiniteLoss
+    from lab.evaluate.scorer import Scorer
 
     assert asked.text is not None
     soft, most = prompt.num_virtual_tokens if prompt else 0, loaded.model.config.max_len
@@ -238,9 +239,9 @@ def _text(
     }
     try:
         dense, about = _dense(asked, loaded, windows, prompt, steps) if asked.dense else (None, {})
-        model, compare = loaded.model, asked.dense is not None
+        scorer, compare = Scorer(loaded, asked.cache), asked.dense is not None
         found = conditions(
-            model, tokenizer, windows, prompt, steps, dense=dense, compare=compare, controls=asked.controls
+            scorer, tokenizer, windows, prompt, steps, dense=dense, compare=compare, controls=asked.controls
         )
     except NotFiniteLoss as error:
         raise CommandError(str(error)) from error

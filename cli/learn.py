@@ -63,9 +63,7 @@ Dtype = Annotated[str, typer.Option("--dtype", help="As it will be served.", ric
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<i>.", rich_help_panel=NUMERICS)]
 ComputeName = Annotated[
     str,
-    typer.Option(
-        "--compute", help="packed, or a copy in int8, float32 or bfloat16.", rich_help_panel=NUMERICS
-    ),
+    typer.Option("--compute", help="packed, or a copy in int8, float32 or bfloat16.", rich_help_panel=NUMERICS),
 ]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Tell the plan and its memory, and learn nothing.")]
 

@@ -13,8 +13,9 @@ from typing import Any
 
 from lab.data.documents import Document, digest
 from lab.evaluate.conditions import Conditions, conditions, of_dense
-from lab.evaluate.controls import untrained
-from lab.evaluate.score import NotFiniteLoss, score
+from lab.evaluate.controls import Choice, untrained
+from lab.evaluate.score import NotFiniteLoss
+from lab.evaluate.scorer import Scorer
 from lab.learn.recipe import LearnError
 from lab.progress import Report
 from lab.run import open_run
@@ -34,7 +35,8 @@ class Subject:
     """A prompt and the models that it is held against.
 
     `model` at `level` (None: as stored) is what is served; `dense` the dense checkpoint, None where there is none;
-    `equal` a prompt learned on that at equal cost. `every`: with all controls, else with the untrained prompt alone.
+    `equal` a prompt learned on that at equal cost. `every`: with all controls, the best real text by this choice among
+    them; else with the untrained prompt alone.
     """
 
     file: PromptFile
@@ -44,7 +46,7 @@ class Subject:
     device: str
     dense: Path | None = None
     equal: SoftPrompt | None = None
-    every: bool = False
+    every: Choice | None = None
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ def prove(
         "data": windows.digest,
         "dense": identify(subject.dense).weights if subject.dense is not None and full else None,
         "equal": subject.equal.digest if subject.equal else None,
-        "controls": subject.every,
+        "controls": subject.every is not None,
         "dtype": subject.dtype,
     }
     with open_run(folder, config) as run:
@@ -84,16 +86,25 @@ def prove(
                 del loaded  # the model itself goes before the other comes
             served = load(subject.model, level=subject.level, dtype=subject.dtype, device=subject.device)
             tokenizer = HubTokenizer(subject.model)
-            controls = full and subject.every
+            choice = subject.every if full else None
             try:
+                scorer = Scorer(served, cache)
                 found = conditions(
-                    served.model, tokenizer, windows, prompt, report, dense=dense, compare=True, controls=controls
+                    scorer,
+                    tokenizer,
+                    windows,
+                    prompt,
+                    report,
+                    dense=dense,
+                    compare=True,
+                    controls=choice is not None,
+                    choice=choice,
                 )
-                if full and not controls:
+                if full and not choice:
                     idle = untrained(
                         served.model, prompt.base, prompt.num_virtual_tokens, kind=prompt.kind, bos=prompt.bos
                     )
-                    found = replace(found, controls={"untrained": score(served.model, windows, idle, progress=report)})
+                    found = replace(found, controls={"untrained": scorer(windows, idle, report)})
             except NotFiniteLoss as error:
                 raise LearnError(str(error)) from error
             run.tell(**found.told(), **_told(subject, material, served, found))

@@ -25,6 +25,7 @@ from lab.data.splits import Splits
 from lab.data.windows import cut
 from lab.disk import write_bytes
 from lab.estimate import BACKWARD, forward_speed
+from lab.evaluate.controls import Choice
 from lab.learn.budget import Budget, steps_of
 from lab.learn.learn import learn
 from lab.learn.order import Order as LearnOrder
@@ -196,7 +197,15 @@ def recover(plan: Plan, whole: Whole) -> Outcome:
 def subject(plan: Plan, file: PromptFile) -> Subject:
     """The prompt, with all that it is held against."""
     order, (model, level) = plan.order, plan.served
-    return Subject(file, model, level, order.dtype, order.device, plan.dense, order.equal, order.every)
+    choice = _choice(plan) if order.every else None
+    return Subject(file, model, level, order.dtype, order.device, plan.dense, order.equal, choice)
+
+
+def _choice(plan: Plan) -> Choice:
+    """Real texts from what is learned from, chosen on a part of what selects."""
+    order, recipe, chosen = plan.order, plan.order.recipe, plan.materials["select"].sample
+    texts = cut(plan.splits.parts["learn"], HubTokenizer(order.model), recipe.window)
+    return Choice(texts, chosen.rows(0, min(len(chosen), recipe.select_windows), order.bos))
 
 
 def estimates(plan: Plan) -> dict[str, float]:

@@ -12,12 +12,12 @@ from typing import Any
 
 from lab.data.windows import Tokenizer, Windows
 from lab.evaluate.bootstrap import by_document, difference, estimate
-from lab.evaluate.controls import fixed
+from lab.evaluate.controls import Choice, best_prefix, fixed
 from lab.evaluate.recovery import recovery
-from lab.evaluate.score import Progress, Scores, Teacher, score
+from lab.evaluate.score import Progress, Scores, Teacher
+from lab.evaluate.scorer import Scorer
 from lab.evaluate.teacher import teacher
 from llama.load import LoadedModel
-from llama.model import Llama
 from prompts_store.prompt import SoftPrompt
 
 
@@ -89,17 +89,20 @@ def of_dense(
     equal: SoftPrompt | None = None,
     same: SoftPrompt | None = None,
 ) -> Dense:
-    """The dense model's part; `equal` is a prompt learned on it at equal cost, `same` the one that is evaluated."""
-    taught = teacher(dense, windows, cache=cache, progress=progress)
+    """The dense model's part; `equal` is a prompt learned on it at equal cost, `same` the one that is evaluated.
+
+    `cache` keeps its states and scores.
+    """
+    taught, scorer = teacher(dense, windows, cache=cache, progress=progress), Scorer(dense, cache)
 
     def behind(prompt: SoftPrompt | None) -> Scores | None:
-        return score(dense.model, windows, prompt, progress=progress) if prompt else None
+        return scorer(windows, prompt, progress) if prompt else None
 
     return Dense(taught, taught.scores(), behind(equal), behind(same))
 
 
 def conditions(
-    model: Llama,
+    scorer: Scorer,
     tokenizer: Tokenizer,
     windows: Windows,
     prompt: SoftPrompt | None,
@@ -108,19 +111,21 @@ def conditions(
     dense: Dense | None = None,
     compare: bool = False,
     controls: bool = False,
+    choice: Choice | None = None,
 ) -> Conditions:
-    """Score the model; `compare` also without its prompt, `controls` also behind prompts that nobody learned.
-
-    Raises NotFiniteLoss.
+    """Score the model; `compare` also without its prompt, `controls` also behind prompts that nobody learned, with the
+    best of real texts among them where a `choice` is given and holds one so long. Raises NotFiniteLoss.
     """
 
     def behind(prompt: SoftPrompt | None) -> Scores:
-        return score(model, windows, prompt, teacher=dense.teacher if dense else None, progress=progress)
+        return scorer(windows, prompt, progress, dense.teacher if dense else None)
 
-    others = fixed(model, tokenizer, prompt) if prompt and controls else {}
+    others = dict(fixed(scorer.loaded.model, tokenizer, prompt)) if prompt and controls else {}
+    if prompt and choice and (best := best_prefix(scorer, prompt, choice, progress)[0]):
+        others["best_text"] = best
     return Conditions(
         main=behind(prompt),
         plain=behind(None) if prompt and (compare or controls) else None,
         dense=dense,
-        controls={name: score(model, windows, other, progress=progress) for name, other in others.items()},
+        controls={name: scorer(windows, other, progress) for name, other in others.items()},
     )

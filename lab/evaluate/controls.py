@@ -5,14 +5,16 @@ Knows a model, its embeddings and text; knows no files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
 from lab.data.windows import Tokenizer, Windows
 from lab.evaluate.forward import own_kv
-from lab.evaluate.score import score
+from lab.evaluate.score import Progress
+from lab.evaluate.scorer import Scorer
 from llama.model import Llama
 from prompts_store.prompt import Bos, Kind, SoftPrompt
 
@@ -26,6 +28,26 @@ HARD_SENTENCES = (
     "Please carefully examine the weight matrix within the model, as it may contain errors. It is crucial to verify "
     "its accuracy and make any necessary adjustments to ensure optimal performance.\n",
 )
+
+
+@dataclass(frozen=True)
+class Choice:
+    """K real texts, the starts of windows drawn from `texts`, of which the best in front of `select` is taken.
+
+    Neither may hold documents that are reported on, nor the one those of the other.
+    """
+
+    texts: Windows
+    select: Windows
+    k: int = 16
+    seed: int = 0
+
+    def starts(self, n: int) -> Iterator[list[int]]:
+        """At most K texts of n tokens; none where no window is so long."""
+        long = (self.texts.lengths >= n).nonzero()[:, 0]
+        order = torch.randperm(len(long), generator=torch.Generator().manual_seed(self.seed))
+        for row in long[order[: self.k]].tolist():
+            yield self.texts.ids[row, :n].tolist()
 
 
 def of_tokens(model: Llama, base: str, ids: Sequence[int], *, kind: Kind = "rows", bos: Bos = "none") -> SoftPrompt:
@@ -62,34 +84,18 @@ def fixed(model: Llama, tokenizer: Tokenizer, like: SoftPrompt) -> Mapping[str, 
 
 
 def best_prefix(
-    model: Llama,
-    like: SoftPrompt,
-    texts: Windows,
-    select: Windows,
-    *,
-    k: int = 16,
-    seed: int = 0,
-    progress: Callable[[str, int, int], None] = lambda step, done, total: None,
-) -> tuple[SoftPrompt, Sequence[float]]:
-    """The best of K real texts of the prompt's length in front of `select`: what choosing, without learning, gives.
+    scorer: Scorer, like: SoftPrompt, choice: Choice, progress: Progress = lambda step, done, total: None
+) -> tuple[SoftPrompt | None, Sequence[float]]:
+    """The best of K real texts of the prompt's length: what choosing, without learning, gives.
 
-    The texts are the starts of windows drawn from `texts`, which must not be of the documents of `select`, nor of those
-    reported on. Returns the best, and the perplexity of each tried. Raises ValueError where no window is long enough.
+    Returns it, and the perplexity of each tried: None and nothing where no text is long enough.
     """
-    tried, best, least = [], None, float("inf")
-    for ids in _starts(texts, like.num_virtual_tokens, k, seed):
-        prompt = of_tokens(model, like.base, ids, bos=like.bos)
-        tried.append(score(model, select, prompt).perplexity)
-        if best is None or tried[-1] < least:
-            best, least = prompt, tried[-1]
-        progress("text prefixes", len(tried), k)
-    if best is None:
-        raise ValueError(f"no window holds {like.num_virtual_tokens} tokens; take longer windows")
+    best, tried = None, list[float]()
+    for ids in choice.starts(like.num_virtual_tokens):
+        prompt = of_tokens(scorer.loaded.model, like.base, ids, bos=like.bos)
+        perplexity = scorer(choice.select, prompt, lambda step, done, total: None).perplexity
+        if best is None or perplexity < min(tried):
+            best = prompt
+        tried.append(perplexity)
+        progress("text prefixes", len(tried), choice.k)
     return best, tried
-
-
-def _starts(texts: Windows, n: int, k: int, seed: int) -> Iterator[list[int]]:
-    long = (texts.lengths >= n).nonzero()[:, 0]
-    order = torch.randperm(len(long), generator=torch.Generator().manual_seed(seed))
-    for row in long[order[:k]].tolist():
-        yield texts.ids[row, :n].tolist()

@@ -8,9 +8,12 @@ from support.checkpoints import model as reference
 from support.tiny import BASE, kv, ours, rows
 
 from lab.data.windows import windows
-from lab.evaluate.controls import best_prefix, fixed, of_tokens, untrained
+from lab.evaluate.controls import Choice, best_prefix, fixed, of_tokens, untrained
 from lab.evaluate.forward import prefix
 from lab.evaluate.score import score
+from lab.evaluate.scorer import Scorer
+from llama.identity import Identity
+from llama.load import LoadedModel
 
 YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64}
 
@@ -77,12 +80,12 @@ def test_the_best_of_several_texts(model):
     texts = made(torch.randint(250, (6, 8), generator=torch.Generator().manual_seed(0)).tolist())
     select = made([[5, 6, 7, 8], [9, 10, 11, 12]], document=50)
     like = rows(3, model.config.hidden_size)
-    best, tried = best_prefix(model, like, texts, select, k=4)
+    scorer = Scorer(LoadedModel(model, Identity("tiny", BASE, "w4g64", "w"), 0, 0))
+    best, tried = best_prefix(scorer, like, Choice(texts, select, k=4))
     assert len(tried) == 4
     assert score(model, select, best).perplexity == min(tried)
     assert best.num_virtual_tokens == 3
-    with pytest.raises(ValueError, match="no window holds 9 tokens"):
-        best_prefix(model, rows(9, model.config.hidden_size), texts, select)
+    assert best_prefix(scorer, rows(9, model.config.hidden_size), Choice(texts, select)) == (None, [])
 
 
 @pytest.mark.parametrize("ids", [[], [-1], [260]])
