@@ -14,6 +14,7 @@ from lab.learn.recipe import LearnError, Recipe
 
 _TIME = re.compile(r"([0-9]+(?:\.[0-9]+)?)([smh])")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
+SELECTING = 0.2  # share of a budget of time
 POOL = 256  # windows; pools of like runs are then the same, and so are the dense model's states of them
 
 
@@ -57,15 +58,20 @@ def steps_of(budget: Budget, windows: Windows, recipe: Recipe) -> int:
     return max(1, round(budget.amount / each))
 
 
-def steps_in(seconds: float, step_seconds: float, selection_seconds: float, recipe: Recipe) -> int:
-    """Steps that fit in a time, with one selection before the first and `selections` on the way."""
-    left = seconds - (recipe.selections + 1) * selection_seconds
+def steps_in(seconds: float, step_seconds: float, selection_seconds: float, recipe: Recipe) -> tuple[int, int]:
+    """Steps and selections that fit in a time: the recipe's, or as many as take SELECTING of it, at least one.
+
+    One more is before the first step. Raises LearnError.
+    """
+    affordable = int(SELECTING * seconds / selection_seconds) - 1
+    selections = max(1, min(recipe.selections, affordable))
+    left = seconds - (selections + 1) * selection_seconds
     if left < step_seconds:
         raise LearnError(
             f"--budget {seconds:.0f}s leaves no time: a step takes {step_seconds:.1f} s and a selection "
-            f"{selection_seconds:.1f} s, {recipe.selections + 1} times; give more time, or fewer --set selections=1"
+            f"{selection_seconds:.1f} s, of which there are two; give more time, or fewer --set select_windows=8"
         )
-    return int(left / step_seconds)
+    return int(left / step_seconds), selections
 
 
 def pool(steps: int, windows: Windows, recipe: Recipe) -> int:

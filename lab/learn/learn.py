@@ -8,7 +8,7 @@ from __future__ import annotations
 import resource
 import time
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -42,13 +42,14 @@ def learn(plan: Plan, run: Run, cache: Path | None, report: Report) -> tuple[Pro
     `cache` is the folder of dense models' states. Raises LearnError, RunError, ModelError; what the run folder holds
     is then intact, and the same plan goes on from it.
     """
-    steps = _steps(plan, run, report)
-    drawn = plan.learn.select(torch.arange(pool(steps, plan.learn, plan.order.recipe)))
+    steps, selections = _length(plan, run, report)
+    recipe = replace(plan.order.recipe, selections=selections)
+    drawn = plan.learn.select(torch.arange(pool(steps, plan.learn, recipe)))
     lessons = _lessons(plan, drawn, cache, report)
     loaded = _served(plan, prepare=False)
     model = for_learning(loaded.model, plan.compute)
     form, begun = _form(plan, model)
-    learner = Learner(form, model.head, begun.tensors, *lessons, plan.order.recipe, steps, run)
+    learner = Learner(form, model.head, begun.tensors, *lessons, recipe, steps, run)
     learned = learner.run(report)
     figures = _figures(plan, learned, run, steps, begun)
     del learner, form, model, loaded
@@ -63,19 +64,20 @@ def learn(plan: Plan, run: Run, cache: Path | None, report: Report) -> tuple[Pro
     return file, figures
 
 
-def _steps(plan: Plan, run: Run, report: Report) -> int:
-    """As many as the run folder says, else as the budget comes to, which is then written there."""
-    if (told := run.figures.get("plan")) is not None:
-        return int(told["steps"])
+def _length(plan: Plan, run: Run, report: Report) -> tuple[int, int]:
+    """Steps and selections: as the run folder says, else as the budget comes to, which is then written there."""
     budget, recipe = plan.order.budget, plan.order.recipe
+    if (told := run.figures.get("plan")) is not None:
+        return int(told["steps"]), int(told["selections"])
+    measured = {}
     if budget.unit == "seconds":
         step, selection = _measured(plan, report)
-        steps = steps_in(budget.amount, step, selection, recipe)
-        run.tell(plan={"steps": steps, "step_seconds": round(step, 3), "selection_seconds": round(selection, 3)})
+        steps, selections = steps_in(budget.amount, step, selection, recipe)
+        measured = {"step_seconds": round(step, 3), "selection_seconds": round(selection, 3)}
     else:
-        steps = steps_of(budget, plan.learn, recipe)
-        run.tell(plan={"steps": steps})
-    return steps
+        steps, selections = steps_of(budget, plan.learn, recipe), recipe.selections
+    run.tell(plan={"steps": steps, "selections": selections, **measured})
+    return steps, selections
 
 
 def _measured(plan: Plan, report: Report) -> tuple[float, float]:

@@ -107,9 +107,10 @@ def test_tokens_and_time_become_steps():
     learn, recipe = random_windows(100), small_recipe()
     each = learn.lengths.double().mean().item() * recipe.batch
     assert steps_of(Budget(each * 7, "tokens"), learn, recipe) == 7
-    assert steps_in(60, 2.0, 5.0, recipe) == 20  # four selections of five seconds
-    with pytest.raises(LearnError, match=r"leaves no time: a step takes 2\.0 s and a selection 5\.0 s, 4 times"):
-        steps_in(21, 2.0, 5.0, recipe)
+    assert steps_in(120, 2.0, 5.0, recipe) == (50, 3)  # four selections of five seconds
+    assert steps_in(60, 2.0, 5.0, recipe) == (25, 1)  # two, a sixth of the time
+    with pytest.raises(LearnError, match=r"leaves no time: a step takes 2\.0 s and a selection 5\.0 s, of which there"):
+        steps_in(11, 2.0, 5.0, recipe)
 
 
 def test_the_pool_is_whole_epochs_worth_and_the_same_for_like_runs():
