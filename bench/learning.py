@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.machine import describe
-from lab.learn.compute import blocks_of, for_learning
+from lab.learn.compute import blocks_of, choose_compute, for_learning
 from lab.learn.forms import PromptForm
 from lab.learn.losses import Target, chunked_loss
 from lab.learn.start import start
@@ -66,7 +66,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--compute", default="auto", help="ours: packed, float32, bfloat16")
+    parser.add_argument("--compute", default="auto", help="ours: packed, int8, float32, bfloat16")
     parser.add_argument("--side", choices=SIDES, help="measure just this one, in this process")
     return parser.parse_args()
 
@@ -96,8 +96,7 @@ def measured(args: argparse.Namespace, side: str, kind: str) -> dict[str, Any]:
 def ours(args: argparse.Namespace, kind: str, ids: Tensor) -> Callable[[], float]:
     """One step as the lab takes it."""
     loaded = load(args.model, level=args.level, dtype="bfloat16", device="cpu", prepare=False)
-    compute = "float32" if args.compute == "auto" else args.compute
-    model = for_learning(loaded.model, compute)
+    model = for_learning(loaded.model, choose_compute(args.compute, loaded.model.device))
     tokenizer = HubTokenizer(args.model)
     begun = start(kind, "text", args.positions, None, model, tokenizer, 0)  # type: ignore[arg-type]
     tensors = {name: torch.nn.Parameter(tensor) for name, tensor in begun.tensors.items()}

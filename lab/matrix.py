@@ -159,7 +159,7 @@ def _carry_out(matrix: Matrix, cell: Cell, data: _Data, report: Report) -> Mappi
         told: dict[str, Any] = {"loss": outcome.learned["best"]["loss"], "tokens": outcome.learned["tokens"]}
         if outcome.file is not None and outcome.report is not None:
             told |= _summary(outcome.report)
-            about = subject(plan, outcome.file)
+            about = replace(subject(plan, outcome.file), every=None)  # controls are held against on the task's own data
             for name in matrix.table.tasks[cell.task].also:
                 folder = matrix.folder(cell) / f"report-{_plain(name)}"
                 found = prove(about, _also(matrix, cell, name), folder, plan.places.cache, report)

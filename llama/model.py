@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from llama import native
 from llama.config import LlamaConfig
 from llama.embedding import Embedding
 from llama.linear import Linear
+from llama.pointwise import norm, swiglu
 from llama.rope import Rope, Rotation, rotate
 
 
@@ -36,17 +36,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        if kernels := native.fused(x):
-            return kernels.norm(x, self.weight, self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
-
-
-def swiglu(gate_up: Tensor) -> Tensor:
-    """gate_up (T, 2 I) → silu(gate) * up (T, I) (Shazeer 2020)."""
-    if kernels := native.fused(gate_up):
-        return kernels.swiglu(gate_up)
-    gate, up = gate_up.chunk(2, -1)
-    return F.silu(gate) * up
+        return norm(x, self.weight, self.eps)
 
 
 class Block(nn.Module):
@@ -71,8 +61,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, attend: Attend) -> Tensor:  # (T, H) -> (T, H)
         heads = self.qkv(self.attention_norm(x)).view(x.shape[0], -1, self.head_dim)
-        qk = rotate(heads[:, : self.heads + self.kv_heads], rotation)
-        q, k, v = qk[:, : self.heads], qk[:, self.heads :], heads[:, self.heads + self.kv_heads :]
+        qk, v = torch.split(heads, [self.heads + self.kv_heads, self.kv_heads], 1)
+        q, k = torch.split(rotate(qk, rotation), [self.heads, self.kv_heads], 1)
         x = x + self.o(attend(self.index, q, k, v))
         return x + self.down(swiglu(self.gate_up(self.mlp_norm(x))))
 

@@ -25,9 +25,11 @@ SIGNATURES = {
     "panels": (POINTER, LONG, LONG, POINTER),
     "gemm": (INT, INT, INT, *[POINTER] * 5, LONG, POINTER, LONG, LONG, LONG, POINTER),
     "integers": (*[POINTER] * 4, LONG, LONG, LONG, POINTER),
-    "norm": (POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
-    "rotate": (POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER),
-    "swiglu": (POINTER, LONG, LONG, POINTER),
+    "norm": (INT, POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
+    "norm_slope": (POINTER, POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
+    "rotate": (INT, POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER),
+    "swiglu": (INT, POINTER, LONG, LONG, POINTER),
+    "swiglu_slope": (POINTER, POINTER, LONG, LONG, POINTER),
     "write": (INT, POINTER, LONG, POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER),
     "attention": (INT, POINTER, LONG, *[POINTER] * 3, LONG, *[POINTER] * 2, *[LONG] * 5, FLOAT, POINTER),
 }
@@ -58,7 +60,7 @@ class Integers:
 
 
 class Kernels:
-    """The functions of the library. Tensors are on the CPU; bf16 unless said."""
+    """The functions of the library. Tensors are on the CPU, bf16 or fp32, and alike unless said."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._call = {name: getattr(library, f"promptstitch_{name}") for name in SIGNATURES}
@@ -108,8 +110,7 @@ class Kernels:
         packed = (panels.data_ptr(), *(None if t is None else t.data_ptr() for t in (scales, offsets, values)), group)
         b = None if bias is None else bias.data_ptr()
         kept = 0 if scales is None else SCALES.index(scales.dtype)
-        wide = x.dtype == torch.float32
-        self._call["gemm"](bits, kept, wide, x.data_ptr(), *packed, b, m, out_features, k, y.data_ptr())
+        self._call["gemm"](bits, kept, _wide(x), x.data_ptr(), *packed, b, m, out_features, k, y.data_ptr())
         return y
 
     def integers(self, x: Tensor, weights: Integers, bias: Tensor | None, out_features: int) -> Tensor:
@@ -124,27 +125,43 @@ class Kernels:
         """x (T, H) → (T, H)."""
         x = x.contiguous()
         y = torch.empty_like(x)
-        self._call["norm"](x.data_ptr(), weight.data_ptr(), eps, *x.shape, y.data_ptr())
+        self._call["norm"](_wide(x), x.data_ptr(), weight.data_ptr(), eps, *x.shape, y.data_ptr())
         return y
+
+    def norm_slope(self, dy: Tensor, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        """dy (T, H) fp32, x and weight as in `norm` → dx (T, H)."""
+        x, dy = x.contiguous(), dy.contiguous()
+        dx = torch.empty_like(x)
+        self._call["norm_slope"](dy.data_ptr(), x.data_ptr(), weight.data_ptr(), eps, *x.shape, dx.data_ptr())
+        return dx
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (T, heads, D), D a multiple of 32, cos and sin (T, 1, D) → (T, heads, D)."""
-        x = x if x.stride(1) == x.shape[2] else x.contiguous()
+        x = x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()
         y = x.new_empty(x.shape)
-        self._call["rotate"](x.data_ptr(), x.stride(0), cos.data_ptr(), sin.data_ptr(), *x.shape, y.data_ptr())
+        tables = (cos.data_ptr(), sin.data_ptr())
+        self._call["rotate"](_wide(x), x.data_ptr(), x.stride(0), *tables, *x.shape, y.data_ptr())
         return y
 
     def swiglu(self, x: Tensor) -> Tensor:
         """x (T, 2 I), gate beside up → silu(gate) * up (T, I)."""
+        x = x.contiguous()
         y = x.new_empty(x.shape[0], x.shape[1] // 2)
-        self._call["swiglu"](x.data_ptr(), *y.shape, y.data_ptr())
+        self._call["swiglu"](_wide(x), x.data_ptr(), *y.shape, y.data_ptr())
         return y
+
+    def swiglu_slope(self, dy: Tensor, x: Tensor) -> Tensor:
+        """dy (T, I) fp32, x as in `swiglu` → dx (T, 2 I)."""
+        x, dy = x.contiguous(), dy.contiguous()
+        dx = torch.empty_like(x)
+        self._call["swiglu_slope"](dy.data_ptr(), x.data_ptr(), *dy.shape, dx.data_ptr())
+        return dx
 
     def write(self, k: Tensor, v: Tensor, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """k, v (T, KV heads, D) bf16 or fp32 → slots (T,) int64 of keys and values (pages, page size, KV heads, D)."""
-        wide, width = k.dtype == torch.float32, k.shape[1] * k.shape[2]
+        width = k.shape[1] * k.shape[2]
         at = (k.data_ptr(), k.stride(0), v.data_ptr(), v.stride(0), slots.data_ptr())
-        self._call["write"](wide, *at, len(k), width, keys.data_ptr(), values.data_ptr())
+        self._call["write"](_wide(k), *at, len(k), width, keys.data_ptr(), values.data_ptr())
 
     def attention(
         self, q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, rows: Tensor, lengths: Tensor
@@ -157,9 +174,8 @@ class Kernels:
         out = q.new_empty(tokens, heads * dim)
         where = (keys.data_ptr(), values.data_ptr(), tables.data_ptr(), tables.shape[1], rows.data_ptr())
         shape = (tokens, kv_heads, heads // kv_heads, dim, page)
-        wide = q.dtype == torch.float32
         self._call["attention"](
-            wide, q.data_ptr(), q.stride(0), *where, lengths.data_ptr(), *shape, dim**-0.5, out.data_ptr()
+            _wide(q), q.data_ptr(), q.stride(0), *where, lengths.data_ptr(), *shape, dim**-0.5, out.data_ptr()
         )
         return out
 
@@ -181,10 +197,19 @@ def kernels() -> Kernels | None:
 
 
 def fused(x: Tensor) -> Kernels | None:
-    """The kernels if they compute on x: bf16 on the CPU, and nobody asks for a gradient."""
-    if x.dtype != torch.bfloat16 or x.device.type != "cpu" or (x.requires_grad and torch.is_grad_enabled()):
+    """The kernels if they take x between the products: on the CPU, bf16, or fp32 where a gradient is asked for."""
+    if x.device.type != "cpu" or x.dtype != (torch.float32 if differentiated(x) else torch.bfloat16):
         return None
     return kernels()
+
+
+def differentiated(x: Tensor) -> bool:
+    """Whether somebody asks for a gradient by x."""
+    return x.requires_grad and torch.is_grad_enabled()
+
+
+def _wide(x: Tensor) -> bool:
+    return x.dtype == torch.float32
 
 
 @cache

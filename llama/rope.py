@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama import native
+from llama import pointwise
 from llama.config import RopeConfig
 
 
@@ -98,9 +98,7 @@ class Rope:
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
     """x (T, heads, D) → the same, each head turned by its position (the half-split layout of the Hub's checkpoints)."""
-    if x.shape[-1] % (2 * native.LANES) == 0 and (kernels := native.fused(x)):
-        return kernels.rotate(x, rotation.cos, rotation.sin)
-    return torch.addcmul(x * rotation.cos, x.roll(x.shape[-1] // 2, -1), rotation.sin)
+    return pointwise.rotate(x, rotation.cos, rotation.sin)
 
 
 def unrotate(x: Tensor, rotation: Rotation) -> Tensor:

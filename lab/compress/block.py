@@ -17,7 +17,8 @@ from torch import Tensor
 from llama.checkpoint import Checkpoint
 from llama.config import LlamaConfig
 from llama.formats.matrix import FLOATS
-from llama.model import CausalAttention, RMSNorm, swiglu
+from llama.model import CausalAttention, RMSNorm
+from llama.pointwise import swiglu
 from llama.rope import Rope, rotate
 
 BATCH_TOKENS = 8192  # of one step on the device

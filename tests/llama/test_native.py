@@ -12,6 +12,7 @@ from llama.integers import IntegerLinear, rounded
 from llama.linear import DenseLinear
 from llama.packed import TWOS_COMPLEMENT
 from llama.panels import PanelLinear
+from llama.pointwise import norm, swiglu
 from llama.rope import Rotation, rotate
 
 kernels = native.kernels()
@@ -165,3 +166,32 @@ def test_prepared_layers_multiply_and_differentiate_as_before(monkeypatch):
     y.backward(dy)
     close(y.detach(), x.float() @ weight.float().t())
     close(asked.grad, dy.float() @ weight.float())
+
+
+def gradients(function, x: torch.Tensor, dy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the function makes of x, and dy pulled back."""
+    leaf = x.clone().requires_grad_()
+    y = function(leaf)
+    return y.detach(), *torch.autograd.grad(y, leaf, dy.to(y.dtype))
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 40])
+def test_derivatives_between_the_products_are_those_of_fp64(tokens):
+    """Widths that fill no vector, gates that saturate; fp32 takes the kernels, fp64 plain torch."""
+    weight, wide = random(77).float(), random(tokens, 77).float()
+    gate_up = torch.cat((random(tokens, 77).float() * 30, random(77, tokens).float().t()), 1)
+    heads, cos, sin = (
+        random(tokens, 3, 64).float(),
+        random(tokens, 1, 64).float(),
+        random(1, tokens, 64).float()[0, :, None],
+    )
+    for function, x in (
+        (lambda x: norm(x, weight.to(x.dtype), 1e-5), wide),
+        (lambda x: rotate(x, Rotation(cos.to(x.dtype), sin.to(x.dtype))), heads),
+        (swiglu, gate_up),
+    ):
+        assert native.fused(x.clone().requires_grad_()) is kernels
+        dy = function(x) + 1
+        for got, exact in zip(gradients(function, x, dy), gradients(function, x.double(), dy), strict=True):
+            assert got.dtype == torch.float32
+            torch.testing.assert_close(got.double(), exact, rtol=1e-4, atol=1e-5 * float(exact.abs().max()))
