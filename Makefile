@@ -2,7 +2,7 @@
 #
 #   make serve   serve the embedded model on http://127.0.0.1:8000, prompts in store/   (ARGS="--port 9000" adds options)
 #   make test    lint and run all tests
-#   make results write docs/results.md anew from the run folders in runs/lab   (ORIGINAL=FILE: the model's own file)
+#   make results write docs/results.md anew from the run folders in runs/smollm2   (ORIGINAL=FILE: the model's own file)
 #
 # TORCH_INDEX_URL=URL takes another build of PyTorch than pip takes by itself (pytorch.org lists them).
 
@@ -19,7 +19,7 @@ LEVEL := w3g64
 MODEL := models/$(EMBEDDED)
 MANIFEST := $(MODEL)/promptstitch.json
 STORE := store
-RUNS := runs/lab
+RUNS := runs/smollm2
 
 # Stamps: what stands in .venv already. A build of torch that was asked for by its index stays until another is.
 TORCH_STAMP := $(if $(TORCH_INDEX_URL),$(VENV)/.torch-$(notdir $(TORCH_INDEX_URL)),$(firstword \

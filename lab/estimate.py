@@ -96,7 +96,7 @@ def memory(config: LlamaConfig, level: str, kind: str, recipe: Recipe, compute: 
     activations = _activations(config, micro, recipe.window, positions, item, recipe.recompute, cuda)
     distils = recipe.distil > 0 and level != "dense"
     logits = 4 * 4 * min(LOGITS["cuda" if cuda else "cpu"], micro * recipe.window * config.vocab_size)
-    teaching = (linears + tables) * served + _scoring(config, served) if distils else 0
+    teaching = (linears + tables) * served + _scoring(config, served, cuda) if distils else 0
     packed = compute == "packed" and level != "dense"
     rebuilt, head = block * item if packed else 0, table * served * distils
     learned = COPIES * 4 * learned_elements(config, kind, recipe.positions)
@@ -162,6 +162,7 @@ def _activations(
     return c.num_layers * one
 
 
-def _scoring(c: LlamaConfig, item: int) -> int:
+def _scoring(c: LlamaConfig, item: int, cuda: bool) -> int:
     """Of the dense model's pass over a batch: a residual, an MLP, a chunk of logits."""
-    return BATCH_TOKENS * (2 * c.hidden_size + 3 * c.intermediate_size) * item + 4 * SCORED_LOGITS
+    logits = 4 * SCORED_LOGITS["cuda" if cuda else "cpu"]
+    return BATCH_TOKENS * (2 * c.hidden_size + 3 * c.intermediate_size) * item + logits

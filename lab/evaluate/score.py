@@ -20,7 +20,7 @@ from llama.model import Llama
 from prompts_store.prompt import SoftPrompt
 
 BATCH_TOKENS = 2048  # tokens that go through the model at once
-LOGITS = 1 << 24  # elements of a chunk of logits: 64 MiB in fp32
+LOGITS = {"cpu": 1 << 20, "cuda": 1 << 24}  # elements of a chunk of logits: what a cache holds; what fills a GPU
 TEACHER_ROWS = 256  # the same for a teacher
 
 Progress = Callable[[str, int, int], None]  # step, windows done, in all
@@ -174,7 +174,7 @@ def _sizes(lengths: list[int], batch_tokens: int) -> list[int]:
 
 def chunk_rows(model: Llama) -> int:
     """How many tokens' logits are made at once."""
-    return max(1, LOGITS // model.config.vocab_size)
+    return max(1, LOGITS[model.device.type] // model.config.vocab_size)
 
 
 def _places(windows: Windows, rows: Tensor) -> tuple[Tensor, Tensor]:
