@@ -14,7 +14,7 @@ from llama.linear import OpaqueLinear
 from llama.native import GROUP, PANEL, Integers, Kernels
 
 LEVELS = (127.0, 126.0, 120.0)  # of a group's largest weight: what of 1..8 divides one of them is met exactly
-ROWS = 4096  # weights' rows rounded at once
+ROWS = 256  # weights' rows rounded at once, a multiple of PANEL
 
 
 class IntegerLinear(OpaqueLinear):
