@@ -90,7 +90,7 @@ class Cell:
 
 @dataclass(frozen=True)
 class Table:
-    """Cells in the order in which they are run: those of the dense model first."""
+    """Cells in the order in which they are run: the table's, each dense twin before the first that needs it."""
 
     model: str
     calibrate: str
@@ -127,7 +127,7 @@ def read_table(path: Path) -> Table:
         model=told["model"],
         calibrate=calibrate,
         tasks=tasks,
-        cells=tuple(sorted(cells.values(), key=lambda cell: cell.level != DENSE)),
+        cells=_in_order(cells),
         windows=_typed(told, "windows", int, 400) or None,
         controls=_typed(told, "controls", bool, False),
         calibration=_typed(told, "calibration_tokens", int, 32768),
@@ -175,6 +175,15 @@ def _budget(run: Mapping[str, Any], told: Mapping[str, Any], recipe: Recipe) -> 
         if value is not None and type(value) is not kind:
             raise TableError(f"{name} must be {kind.__name__}, got {value!r}")
     return parse_budget(budget, tokens, steps, recipe)
+
+
+def _in_order(cells: Mapping[str, Cell]) -> tuple[Cell, ...]:
+    placed: dict[str, Cell] = {}
+    for cell in cells.values():
+        if cell.twin in cells:
+            placed.setdefault(cell.twin, cells[cell.twin])
+        placed.setdefault(cell.name, cell)
+    return tuple(placed.values())
 
 
 def _task(name: str, told: Any) -> Task:

@@ -216,3 +216,5 @@ def test_the_table_that_comes_with_it_holds():
         "dense.kv.text.general.0",
     }
     assert all(cell.recipe.distil == 0 for cell in found.cells if cell.level == "dense")
+    assert names[:2] == ["dense.kv.default.general.0", "w3g64.kv.default.general.0"]
+    assert all(names.index(cell.twin) <= names.index(cell.name) for cell in found.cells if cell.twin in names)
