@@ -141,6 +141,7 @@ def _identity(
     return {
         "model": told.name,
         "level": told.level,
+        "method": "while loading" if chosen.level else None,
         "base": told.base,
         "weights": told.weights,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),

@@ -121,6 +121,7 @@ def _told(subject: Subject, material: Material, served: LoadedModel, found: Cond
     return {
         "model": who.name,
         "level": who.level,
+        "method": "while loading" if subject.level else None,  # of a checkpoint, its own run says it
         "base": who.base,
         "weights": who.weights,
         "dtype": str(served.model.dtype).removeprefix("torch."),

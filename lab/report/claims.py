@@ -35,8 +35,10 @@ class Claim:
 
     @property
     def method(self) -> str:
-        """How the model was compressed, if a run that did it is at hand."""
-        return str(self.made.figures.get("method")) if self.made else "-" if self.level == "dense" else GAP
+        """How the model was compressed, where a run that did it is at hand or the evaluation did it."""
+        if self.made:
+            return str(self.made.figures.get("method"))
+        return "-" if self.level == "dense" else str(self.told.get("method") or GAP)
 
     @property
     def disk_bytes(self) -> int | None:
