@@ -196,7 +196,7 @@ def test_a_loss_that_is_not_finite(cli, model, text, monkeypatch):
     def broken(model, windows, *args, **options):
         raise NotFiniteLoss("the loss of window 0 is not finite in torch.float16: try --dtype float32")
 
-    monkeypatch.setattr("lab.evaluate.conditions.score", broken)
+    monkeypatch.setattr("lab.evaluate.scorer.score", broken)
     result = cli("evaluate", model, "--text", text, "--window", WINDOW)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1].endswith("try --dtype float32")

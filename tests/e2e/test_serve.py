@@ -20,7 +20,7 @@ def test_the_first_request_is_stitched_with_the_bundled_prompt(default):
     assert answer["prompt"]["task"] == "general"
     assert answer["prompt"]["resolution"] == "exact"
     assert answer["prompt"]["same_weights"] is True  # round-to-nearest is bit-equal on every machine
-    assert answer["usage"] == {**answer["usage"], "text_tokens": 5, "soft_tokens": 64, "completion_tokens": 8}
+    assert answer["usage"] == {**answer["usage"], "text_tokens": 5, "soft_tokens": 32, "completion_tokens": 8}
 
 
 def test_the_line_that_serve_prints_works(default):

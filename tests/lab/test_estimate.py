@@ -31,7 +31,9 @@ def test_activations_are_what_autograd_keeps():
     ids = torch.randint(0, 250, (4, 50))
     recipe = small_recipe("kv", batch=4, window=50)
     told = memory(c, "dense", "kv", recipe, "float32", "float32", cuda=False)
-    assert told.activations == pytest.approx(kept_bytes(model, ids, tensors, False), rel=0.15)
+    kept = kept_bytes(model, ids, tensors, False)  # with our kernels of the MLP two thirds of what torch keeps
+    assert kept <= told.activations * 1.05
+    assert told.activations <= 1.25 * kept
 
 
 def test_recomputing_keeps_little_between_the_passes():

@@ -265,7 +265,7 @@ def test_a_full_disk_leaves_what_was_saved(command, asked, monkeypatch):
     monkeypatch.setattr(lab.run, "save_file", full)
     _refused(command("recover", *asked, "--level", "w3g64", "--steps", 30), "No space left on device")
     monkeypatch.undo()
-    assert told(command, *asked, "--level", "w3g64", "--steps", 30)["prompt"]["tokens_seen"] == 30 * 4 * 32
+    assert told(command, *asked, "--level", "w3g64", "--steps", 30)["prompt"]["tokens_seen"] == 30 * 2 * 32
 
 
 def _refused(result, message: str) -> None:
