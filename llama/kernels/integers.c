@@ -35,11 +35,13 @@ AVX512 static void encode(const float *x, long k, int rows, struct tile out) {
     for (int r = 0; r < TILE; r++)
         for (long g = 0; g < k / GROUP; g++) {
             __m512 value[GROUP / LANES], largest = _mm512_setzero_ps();
+            __mmask16 nan = 0; /* has no integer, and must not become one: its group's scale is made NaN */
             for (int i = 0; i < GROUP / LANES; i++) {
                 value[i] = r < rows ? _mm512_loadu_ps(x + r * k + g * GROUP + i * LANES) : _mm512_setzero_ps();
                 largest = _mm512_max_ps(largest, _mm512_abs_ps(value[i]));
+                nan |= _mm512_cmp_ps_mask(value[i], value[i], _CMP_UNORD_Q);
             }
-            float most = _mm512_reduce_max_ps(largest);
+            float most = nan ? NAN : _mm512_reduce_max_ps(largest);
             __m512 steps = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
             __m512i sum = _mm512_setzero_si512();
             for (int i = 0; i < GROUP / LANES; i++) {

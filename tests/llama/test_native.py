@@ -72,6 +72,16 @@ def test_products_of_integers_are_summed_exactly(tokens, n, k):
 
 
 @needs_integers
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_what_is_not_finite_becomes_no_integer(bad):
+    x, weight = random(3, 128).float(), random(64, 128).float()
+    x[1, 70] = bad
+    got = kernels.integers(x, rounded(weight), None, 64)
+    assert got[[0, 2]].isfinite().all()
+    assert not got[1].isfinite().any()
+
+
+@needs_integers
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_weights_on_a_coarse_grid_stay_what_they_are(bits):
     generator = torch.Generator().manual_seed(bits)
