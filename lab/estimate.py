@@ -16,7 +16,7 @@ Memory is the larger of two moments.
                  Recomputed: one H c a block, and one block whole.
     logits       four times a chunk in fp32, of 2^20 elements on the CPU and 2^23 on CUDA, or B T V where that is less
     learned      six times the prompt in fp32: itself, its gradient, two moments, the average and the best
-    libraries    64 MB of their own
+    libraries    120 MB of their own
     slack        on the CPU a quarter of all: freed pieces that the C library keeps (MALLOC_MMAP_THRESHOLD_=131072 in
                  the environment makes it give them back, at some cost in speed)
 
@@ -43,7 +43,7 @@ from prompts_store.level import parse_level
 SHARE = 0.45  # of a lone product's speed that the whole forward pass reaches
 BACKWARD = 2.0  # forward and backward by activations alone, in forwards
 PRODUCT_ROWS = 512
-LIBRARIES = 64_000_000  # bytes
+LIBRARIES = 120_000_000  # bytes
 SLACK = 0.25
 CODES = {2: 4, 3: 4}  # bits that codes take in memory
 INTEGERS = 2 * (1 + 4 / GROUP)  # bytes of a weight in int8 with its scale, forth and back
