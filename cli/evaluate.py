@@ -50,7 +50,7 @@ Controls = Annotated[bool, typer.Option("--controls", help="Score prompts that n
 Tasks = Annotated[str | None, typer.Option("--tasks", metavar="NAMES", help="lm-eval tasks, by commas: boolq,piqa.")]
 Items = Annotated[int, typer.Option("--task-items", min=1, help="Items of each task.")]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", metavar="DIR", help="Where names are looked up first.")]
-Cache = Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="Keep the dense model's states here.")]
+Cache = Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="Keep dense states and scores here.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of the resamples.")]
 
 

@@ -46,7 +46,7 @@ Dense = Annotated[
 ]
 Calibration = Annotated[int, typer.Option("--calibration-tokens", min=1, help="Read by the solver.")]
 Windows = Annotated[int, typer.Option("--windows", min=2, help="Windows that are scored of select and of report.")]
-Cache = Annotated[Path, typer.Option("--cache", metavar="DIR", help="Where dense models' states are kept.")]
+Cache = Annotated[Path, typer.Option("--cache", metavar="DIR", help="Where dense states and scores are kept.")]
 DEFAULT_BUDGET = "15m"
 
 

@@ -58,13 +58,13 @@ class Teacher:
     """The dense model's distributions for the scored tokens of these windows, rebuilt from its last hidden states.
 
     `hidden` (S, H): one row for each scored token, windows in order, in the dtype it was computed in; `head` makes
-    logits (n, V) of rows (n, H).
+    logits (n, V) of rows (n, H). `weights` is the dense model's digest, by which scores against it are kept.
     """
 
-    def __init__(self, windows: Windows, hidden: Tensor, head: Callable[[Tensor], Tensor]) -> None:
+    def __init__(self, windows: Windows, hidden: Tensor, head: Callable[[Tensor], Tensor], weights: str = "") -> None:
         if len(hidden) != windows.scored_tokens:
             raise ValueError(f"{len(hidden)} hidden states cannot belong to {windows.scored_tokens} scored tokens")
-        self.windows, self._hidden, self.head = windows, hidden, head
+        self.windows, self._hidden, self.head, self.weights = windows, hidden, head, weights
         counts = windows.scored.sum(1)
         self._starts = (counts.cumsum(0) - counts).tolist()
         self._counts = counts.tolist()

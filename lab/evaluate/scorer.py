@@ -1,6 +1,6 @@
 """Scores of one model, each condition computed once: those without the prompt at hand are the same for all prompts.
 
-Knows a loaded model and a folder; a file there belongs to weights, dtype, device, windows, prompt and base.
+Knows a loaded model and a folder; a file there belongs to weights, dtype, device, windows, prompt and teacher.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Scorer:
     def __call__(
         self, windows: Windows, prompt: SoftPrompt | None, progress: Progress, teacher: Teacher | None = None
     ) -> Scores:
-        """As `score`. A teacher must be the dense model that this one's base names. Raises NotFiniteLoss, RunError."""
+        """As `score`. Raises NotFiniteLoss, RunError."""
         model = self.loaded.model
-        place = self.cache and self.cache / f"{self._key(windows, prompt, teacher is not None)}.scores"
+        place = self.cache and self.cache / f"{self._key(windows, prompt, teacher)}.scores"
         if place and (kept := _read(place, windows)):
             return kept
         found = score(model, windows, prompt, teacher=teacher, progress=progress)
@@ -44,12 +44,12 @@ class Scorer:
                 write_file(place, lambda part: save_file(_tensors(found), part))
         return found
 
-    def _key(self, windows: Windows, prompt: SoftPrompt | None, taught: bool) -> str:
+    def _key(self, windows: Windows, prompt: SoftPrompt | None, teacher: Teacher | None) -> str:
         model, who = self.loaded.model, self.loaded.identity
         parts = {
             "version": version("promptstitch"),
             "weights": who.weights,
-            "dense": who.base if taught else None,
+            "dense": teacher and teacher.weights,
             "numerics": [str(model.dtype), str(model.device)],
             "windows": windows.digest,
             "prompt": prompt and prompt.digest,

@@ -40,7 +40,7 @@ def teacher(
     else:
         states = _kept(dense, windows, cache, report)
     head, dtype = model.head, model.dtype  # and no more of the model
-    return Teacher(windows, states, lambda rows: head(rows.to(dtype)))
+    return Teacher(windows, states, lambda rows: head(rows.to(dtype)), dense.identity.weights)
 
 
 @torch.inference_mode()

@@ -69,7 +69,7 @@ def steps_in(seconds: float, step_seconds: float, selection_seconds: float, reci
     if left < step_seconds:
         raise LearnError(
             f"--budget {seconds:.0f}s leaves no time: a step takes {step_seconds:.1f} s and a selection "
-            f"{selection_seconds:.1f} s, of which there are two; give more time, or fewer --set select_windows=8"
+            f"{selection_seconds:.1f} s, {selections + 1} times; give more time, or --set select_windows=8"
         )
     return int(left / step_seconds), selections
 

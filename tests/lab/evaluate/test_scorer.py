@@ -52,13 +52,15 @@ def test_the_second_time_nothing_is_computed(tmp_path, counted, taught):
 
 def test_every_condition_is_another_one(tmp_path, counted):
     model, data, dense = loaded(), made(), teacher(loaded(1, "dense"), made())
+    tuned = teacher(loaded(2, "tuned"), made())  # of the same base: that names no weights but the embedding's
     Scorer(model, tmp_path)(data, None, silent)
-    Scorer(model, tmp_path)(data, None, silent, dense)
+    one, other = (Scorer(model, tmp_path)(data, None, silent, each) for each in (dense, tuned))
+    assert not torch.equal(one.kl, other.kl)
     Scorer(model, tmp_path)(data, rows(3, 128), silent)
     Scorer(model, tmp_path)(data, rows(4, 128), silent)
     Scorer(model, tmp_path)(made(1), None, silent)
     Scorer(loaded(weights="other"), tmp_path)(data, None, silent)
-    assert len(counted) == 6
+    assert len(counted) == 7
 
 
 def test_without_a_folder_nothing_is_kept_and_a_broken_file_is_made_anew(tmp_path, counted):
