@@ -20,7 +20,7 @@ Memory is the larger of two moments.
     slack        on the CPU a quarter of all: freed pieces that the C library keeps (MALLOC_MMAP_THRESHOLD_=131072 in
                  the environment makes it give them back, at some cost in speed)
 
-Time is arithmetic over a speed in tokens a second, measured by one product of the model's own shape, or told. Knows
+Time is arithmetic over speeds in tokens a second, measured by products of the model's width, or told. Knows
 shapes; knows no weights.
 """
 
@@ -36,13 +36,16 @@ from lab.evaluate.score import BATCH_TOKENS
 from lab.evaluate.score import LOGITS as SCORED_LOGITS
 from lab.learn.losses import LOGITS
 from lab.learn.recipe import Recipe
+from llama import native
 from llama.config import LlamaConfig
+from llama.integers import IntegerLinear, fits
+from llama.linear import DenseLinear, Linear
 from llama.native import GROUP
 from prompts_store.level import parse_level
 
 SHARE = 0.45  # of a lone product's speed that the whole forward pass reaches
 BACKWARD = 2.0  # forward and backward by activations alone, in forwards
-PRODUCT_ROWS = 512
+PRODUCT_ROWS, PRODUCT_OUTPUTS = 512, 4096  # at most
 LIBRARIES = 120_000_000  # bytes
 SLACK = 0.25
 CODES = {2: 4, 3: 4}  # bits that codes take in memory
@@ -129,21 +132,50 @@ def forward_flops(config: LlamaConfig) -> float:
     return 2.0 * (linear_weights(config) + config.vocab_size * config.hidden_size)
 
 
-def forward_speed(config: LlamaConfig, device: torch.device, dtype: torch.dtype) -> float:
-    """Tokens a second that go through the model, from one product of its shape, some tenths of a second long."""
+@dataclass(frozen=True, slots=True)
+class Speeds:
+    """Tokens a second of learning, and of what is only read."""
+
+    learning: float
+    scoring: float
+
+    @classmethod
+    def of_learning(cls, speed: float) -> Speeds:
+        """Where nothing but that is known."""
+        return cls(speed, BACKWARD * speed)
+
+
+def speeds(config: LlamaConfig, device: torch.device, compute: str, dtype: str) -> Speeds:
+    """From two products of the model's width, some tenths of a second long. `compute` and `dtype` are settled names."""
+    learning = _forward_speed(config, device, dtype if compute == "packed" else compute) / BACKWARD
+    return Speeds(learning, _forward_speed(config, device, dtype))
+
+
+def _forward_speed(config: LlamaConfig, device: torch.device, numerics: str) -> float:
     generator = torch.Generator(device).manual_seed(0)
-    x = torch.randn(PRODUCT_ROWS, config.hidden_size, generator=generator, device=device).to(dtype)
-    w = torch.randn(2 * config.intermediate_size, config.hidden_size, generator=generator, device=device).to(dtype)
-    best = min(_seconds(x, w) for _ in range(3))
-    rate = 2.0 * x.shape[0] * w.numel() / best
+    outputs = min(2 * config.intermediate_size, PRODUCT_OUTPUTS)
+    x = torch.randn(PRODUCT_ROWS, config.hidden_size, generator=generator, device=device)
+    layer = _product(torch.randn(outputs, config.hidden_size, generator=generator, device=device), numerics)
+    x = x.to(torch.float32 if numerics == "int8" else getattr(torch, numerics))
+    best = min(_seconds(layer, x) for _ in range(3))
+    rate = 2.0 * x.shape[0] * outputs * config.hidden_size / best
     return SHARE * rate / forward_flops(config)
 
 
-def _seconds(x: torch.Tensor, w: torch.Tensor) -> float:
+def _product(weight: torch.Tensor, numerics: str) -> Linear:
+    """As the model multiplies it."""
+    if numerics == "int8" and fits(weight) and (kernels := native.kernels()):
+        return IntegerLinear(kernels, weight)
+    layer = DenseLinear(weight.to(torch.float32 if numerics == "int8" else getattr(torch, numerics)))
+    layer.prepare()
+    return layer
+
+
+@torch.inference_mode()
+def _seconds(layer: Linear, x: torch.Tensor) -> float:
     """Of a product, with the wait for a GPU."""
     began = time.perf_counter()
-    out = x @ w.T
-    float(out[0, 0])
+    float(layer(x)[0, 0])
     return max(time.perf_counter() - began, 1e-9)
 
 

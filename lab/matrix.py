@@ -23,7 +23,7 @@ from lab.data.named import documents
 from lab.data.splits import Splits, split
 from lab.disk import write_bytes
 from lab.errors import RunError
-from lab.estimate import BACKWARD, forward_speed, memory
+from lab.estimate import Speeds, memory, speeds
 from lab.learn.budget import Budget
 from lab.learn.compute import choose_compute
 from lab.progress import Report
@@ -41,6 +41,7 @@ from prompts_store.file import read_prompt
 from prompts_store.prompt import Bos
 
 ERROR = "error.txt"  # beside the cell's folder
+PASSES = 6  # over the windows of a split, for a prompt of its own; what other cells scored, controls too, is kept
 
 
 @dataclass(frozen=True)
@@ -84,30 +85,36 @@ def estimated(matrix: Matrix, only: str | None, limit: int | None, speed: float 
     `limit` in bytes: whether the cell fits. Raises TableError, ModelError.
     """
     cells = matrix.cells(only)
+    found = Speeds.of_learning(speed or 1.0)
     if speed is None and any(not matrix.finished(cell) for cell in cells):
-        dtype = choose_dtype(matrix.table.dtype, matrix.device)
         if matrix.device.type == "cuda" and not torch.cuda.is_available():
             raise TableError("there is no CUDA device here to measure; say how fast yours learns, --tokens-per-second")
-        speed = forward_speed(matrix.config, matrix.device, dtype) / BACKWARD
-    return [_estimate(matrix, cell, limit, speed or 1.0) for cell in cells]
+        found = speeds(matrix.config, matrix.device, *_numerics(matrix))
+    return [_estimate(matrix, cell, limit, found) for cell in cells]
 
 
-def _estimate(matrix: Matrix, cell: Cell, limit: int | None, speed: float) -> dict[str, Any]:
+def _numerics(matrix: Matrix) -> tuple[str, str]:
+    """What learning computes in, and what is served."""
+    dtype = choose_dtype(matrix.table.dtype, matrix.device)
+    return choose_compute(matrix.table.compute, matrix.device), str(dtype).removeprefix("torch.")
+
+
+def _estimate(matrix: Matrix, cell: Cell, limit: int | None, speed: Speeds) -> dict[str, Any]:
     table, recipe = matrix.table, cell.recipe
     figures = _figures(matrix.folder(cell) / "learn")
-    speed = figures.get("tokens_per_second", speed)
-    compute = choose_compute(table.compute, matrix.device)
-    dtype = str(choose_dtype(table.dtype, matrix.device)).removeprefix("torch.")
-    tokens = figures.get("tokens") or tokens_of(cell.budget, recipe.batch * recipe.window, speed)
+    if "tokens_per_second" in figures:
+        speed = Speeds.of_learning(figures["tokens_per_second"])
+    compute, dtype = _numerics(matrix)
+    tokens = figures.get("tokens") or tokens_of(cell.budget, recipe.batch * recipe.window, speed.learning)
     need = memory(matrix.config, cell.plain_level, cell.kind, recipe, compute, dtype, cuda=matrix.device.type == "cuda")
-    scored = (table.windows or 400) * recipe.window * (6 + 5 * table.controls) if cell.kind in ("rows", "kv") else 0
+    scored = (table.windows or 400) * recipe.window * PASSES if cell.kind in ("rows", "kv") else 0
     taught = tokens if recipe.distil else 0
     return {
         "cell": cell.name,
         "finished": matrix.finished(cell),
         "tokens": int(tokens),
-        "tokens_per_second": round(speed, 1),
-        "seconds": round(tokens / speed + (scored + taught) / (speed * BACKWARD)),
+        "tokens_per_second": round(speed.learning, 1),
+        "seconds": round(tokens / speed.learning + (scored + taught) / speed.scoring),
         "memory": need.told(),
         "fits": None if limit is None else need.peak <= limit,
     }

@@ -24,9 +24,10 @@ from lab.data.documents import DataError, Document
 from lab.data.splits import Splits
 from lab.data.windows import cut
 from lab.disk import write_bytes
-from lab.estimate import BACKWARD, forward_speed
+from lab.estimate import speeds
 from lab.evaluate.controls import Choice
 from lab.learn.budget import Budget, steps_of
+from lab.learn.compute import choose_compute
 from lab.learn.learn import learn
 from lab.learn.order import Order as LearnOrder
 from lab.learn.order import Plan as LearnPlan
@@ -40,7 +41,7 @@ from lab.whole import Whole
 from llama.errors import ModelError
 from llama.formats import LOAD_LEVELS
 from llama.identity import identify
-from llama.load import info
+from llama.load import choose_dtype, info
 from llama.manifest import Manifest
 from llama.shards import read_json
 from llama.tokenizer import HubTokenizer
@@ -209,28 +210,29 @@ def _choice(plan: Plan) -> Choice:
 
 
 def estimates(plan: Plan) -> dict[str, float]:
-    """Seconds of each step, in order, from the speed of one product on this machine; finished steps take none."""
+    """Seconds of each step, in order, from the speed of products on this machine; finished steps take none."""
     order, places = plan.order, plan.places
     told = info(order.model)
     device = torch.device("cuda" if torch.cuda.is_available() and order.device != "cpu" else "cpu")
-    speed = forward_speed(told.config, device, torch.bfloat16)
+    dtype = str(choose_dtype(order.dtype, device)).removeprefix("torch.")
+    speed = speeds(told.config, device, choose_compute(order.compute, device), dtype)
     found: dict[str, float] = {}
     if plan.solve:
-        found["compress"] = 0.0 if places.checkpoint.exists() else LOADING + 3 * order.calibration / speed
+        found["compress"] = 0.0 if places.checkpoint.exists() else LOADING + 3 * order.calibration / speed.scoring
     budget = order.budget
     tokens = budget.amount if budget.unit == "tokens" else budget.amount * order.recipe.batch * order.recipe.window
     if budget.unit == "seconds":
-        tokens, seconds = budget.amount * speed / BACKWARD, budget.amount
+        tokens, seconds = budget.amount * speed.learning, budget.amount
     else:
         if plan.learning is not None:
             tokens = steps_of(budget, plan.learning.learn, order.recipe) * order.recipe.batch * order.recipe.window
-        seconds = BACKWARD * tokens / speed
-    taught = tokens / speed if order.recipe.distil else 0.0
+        seconds = tokens / speed.learning
+    taught = tokens / speed.scoring if order.recipe.distil else 0.0
     found["learn"] = 0.0 if (places.run / "learn" / PROMPT).exists() else 3 * LOADING + seconds + taught
     for split, passes in (("select", 2), ("report", 5)):
         done = (places.run / split / FIGURES).exists()
         scored = plan.materials["select" if split == "select" else "report"].sample
-        found[split] = 0.0 if done else LOADING + passes * len(scored) * order.recipe.window / speed
+        found[split] = 0.0 if done else LOADING + passes * len(scored) * order.recipe.window / speed.scoring
     return found
 
 
