@@ -10,7 +10,8 @@ Memory is the larger of two moments.
                  are there twice, a byte and a sixteenth each, the embedding and all activations in fp32
     one block    its linears in the compute dtype: what the way back through a packed product rebuilds, layer by layer
     activations  of B T text tokens and B N positions before them, in each of L blocks, what the way back needs:
-                 MLP 3 I c, two norms 2 H 4, q and what attention gives (2 heads + KV heads) D c, for each text token,
+                 MLP 3 I c (2 I c in fp32 on the CPU, where one kernel goes back through SwiGLU), two norms 2 H 4, q
+                 and what attention gives (2 heads + KV heads) D c, for each text token,
                  and 2 KV heads D c for each text token and position; a mask T (T + N) c. On CUDA no fused attention
                  takes a mask with grouped heads, so that the probabilities count, too: B heads T (T + N) (c + 4).
                  Recomputed: one H c a block, and one block whole.
@@ -185,7 +186,8 @@ def _activations(
     tokens, before = batch * window, batch * positions
     kv = c.num_kv_heads * c.head_dim
     heads = c.num_heads * c.head_dim
-    one = tokens * (3 * c.intermediate_size * item + 2 * c.hidden_size * 4 + (2 * heads + kv) * item)
+    mlp = (2 if item == 4 and not cuda else 3) * c.intermediate_size
+    one = tokens * (mlp * item + 2 * c.hidden_size * 4 + (2 * heads + kv) * item)
     one += 2 * kv * item * (tokens + before) + window * (window + positions) * item
     if cuda and positions:
         one += batch * c.num_heads * window * (window + positions) * (item + 4)

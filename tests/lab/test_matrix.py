@@ -1,8 +1,10 @@
 """`promptstitch matrix`: a table carried out cell by cell, and what it says a cell will take."""
 
 import json
+import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -174,12 +176,13 @@ def test_the_estimate_of_memory_is_what_is_measured_within_a_fifth(tmp_path, kin
         pytest.skip("this CPU multiplies no integers (AVX-512 VNNI)")
     script = Path(__file__).with_name("measure_peak.py")
     options = (folder, "w3g64", kind, compute, 256, 4, int(recompute), tmp_path / "run")
-    out = subprocess.run(
-        [sys.executable, script, *map(str, options)], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    command = [sys.executable, script, *map(str, options)]
+    # What the C library keeps of freed pieces is luck, between nothing and the slack: here it keeps nothing.
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "131072"}
+    out = subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT, env=env)
     recipe = read_recipe("default", kind, {"batch": 4, "recompute": recompute, "distil": 0.0})
     expected = memory(info(folder).config, "w3g64", kind, recipe, compute, "bfloat16", cuda=False)
-    assert int(out.stdout) == pytest.approx(expected.peak, rel=0.2)
+    assert int(out.stdout) == pytest.approx(replace(expected, slack=0.0).peak, rel=0.2)
 
 
 @pytest.mark.parametrize(
