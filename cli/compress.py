@@ -108,7 +108,7 @@ def _documents(data: str, root: Path | None, part: str) -> Sequence[Document]:
     if part == "all":
         return found
     try:
-        return split(found).parts["calibration"]
+        return split(found, "calibration").parts["calibration"]
     except DataError as error:
         raise CommandError(f"{error}; or calibrate on all of it: --part all") from error
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,20 +36,34 @@ class Turn:
 class Document:
     """One of three: a `text`; a `text` that is asked and the `completion` that answers it; the `turns` of a chat.
 
-    `domain` is what must not fall into two splits: the site of its `url`, else a name of the document's own.
+    `domain` is what must not fall into two splits: the site of its `url`, else its `content`.
     """
 
     id: str
-    domain: str
+    domain: str = ""
     text: str | None = None
     completion: str | None = None
     turns: tuple[Turn, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not self.domain:
+            object.__setattr__(self, "domain", self.content)
+
     @property
     def words(self) -> str:
-        """All of its text, for looking for overlaps."""
-        parts = [self.text or "", self.completion or "", *(turn.content for turn in self.turns)]
-        return "\n".join(part for part in parts if part)
+        """Its text, for looking for overlaps; what the system says to many chats alike is left out."""
+        turns = (turn.content for turn in self.turns if turn.role != "system")
+        return "\n".join(part for part in (self.text or "", self.completion or "", *turns) if part)
+
+    @property
+    def content(self) -> str:
+        """A name that documents of the same words share."""
+        return f"words:{hashlib.sha256(' '.join(normalised(self.words)).encode()).hexdigest()[:32]}"
+
+
+def normalised(text: str) -> list[str]:
+    """Its words, whatever their case and what stands between them."""
+    return re.findall(r"\w+", text.lower())
 
 
 def read(path: Path) -> list[Document]:
@@ -68,7 +83,7 @@ def read(path: Path) -> list[Document]:
     if _suffix(path) in JSON_SUFFIXES:
         documents = [document(record, f"{path.name}:{line}") for line, record in records(text, path)]
     else:
-        documents = [Document(path.name, path.name, text)]
+        documents = [Document(path.name, text=text)]
     if not any(each.words.strip() for each in documents):
         raise DataError(f"{path} is empty; give it at least one text")
     return documents
@@ -104,7 +119,7 @@ def document(record: Mapping[str, Any], where: str) -> Document:
     """One record of a file. `where` names it in errors, and in its id if it has none. Raises DataError."""
     url = record.get("url")
     name = str(record.get("id", where))
-    domain = site(url) if isinstance(url, str) and url else where
+    domain = site(url) if isinstance(url, str) and url else ""
     if "messages" in record:
         return Document(name, domain, turns=_turns(record["messages"], where))
     if "prompt" in record or "completion" in record:
@@ -151,16 +166,24 @@ def _text(record: Mapping[str, Any], field: str, where: str) -> str:
     if not isinstance(value, str):
         what = "is missing" if field not in record else f"is {type(value).__name__}, not a text"
         raise DataError(f"{where}: {field} {what}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(
+            f"{where}: {field} holds half a character (\\u{ord(value[error.start]):04x}) at {error.start}; "
+            "write both halves or none"
+        ) from error
     return value
 
 
 def _suffix(path: Path) -> str:
-    return Path(path.stem).suffix if path.suffix == ".gz" else path.suffix
+    name = path.name.lower().removesuffix(".gz")
+    return Path(name).suffix
 
 
 def _bytes(path: Path) -> bytes:
     data = path.read_bytes()
-    if path.suffix != ".gz":
+    if path.suffix.lower() != ".gz":
         return data
     try:
         return gzip.decompress(data)

@@ -45,13 +45,14 @@ def _passage(row: Record, where: str) -> Document:
     """BoolQ, with the title before the passage, as SuperGLUE has it."""
     answer = row["choices"][row["answer"]] if "choices" in row else "yes" if row["answer"] else "no"
     asked = f"{row.get('context', row.get('passage'))}\nQuestion: {row['question']}?\nAnswer:"
-    return Document(str(row.get("id", where)), where, asked, f" {answer}")
+    return Document(str(row.get("id", where)), text=asked, completion=f" {answer}")
 
 
 def _intent(row: Record, where: str) -> Document:
     """Banking77: the label as words."""
     label = str(row.get("label_text", row["label"])).replace("_", " ")
-    return Document(str(row.get("id", where)), where, f"{row.get('context', row.get('text'))}\nIntent:", f" {label}")
+    asked = f"{row.get('context', row.get('text'))}\nIntent:"
+    return Document(str(row.get("id", where)), text=asked, completion=f" {label}")
 
 
 SOURCES: Mapping[str, Source] = MappingProxyType(
@@ -119,7 +120,7 @@ def articles(text: str, name: str) -> Iterator[Document]:
     starts = [match.start() for match in re.finditer(r"^ = [^=\n].*[^=\n] = *$", text, re.MULTILINE)]
     for number, (start, end) in enumerate(zip([0, *starts], [*starts, len(text)], strict=True)):
         if text[start:end].strip():
-            yield Document(f"{name}#{number}", f"{name}#{number}", text[start:end])
+            yield Document(f"{name}#{number}", text=text[start:end])
 
 
 def _rows(file: Path) -> Iterator[Record]:

@@ -1,7 +1,8 @@
 """Which documents calibrate, teach, select and report: four parts that share no site and no run of 13 words.
 
-A site's part is a hash of its name, so it never changes when documents come or go. One manifest holds what was dealt;
-whoever takes up old figures checks the data against it. Knows documents; knows no model.
+A site's part is a hash of its name, so it stays when documents come or go; a document of no site goes by a hash of its
+words, wherever it stands. Only where so few would leave a part empty does it get the one whose hash is nearest. One
+manifest holds what was dealt; whoever takes up old figures checks the data against it. Knows documents; knows no model.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import Any, Literal
 
-from lab.data.documents import DataError, Document, digest
+from lab.data.documents import DataError, Document, digest, normalised
 from lab.disk import write_json
 
 Part = Literal["report", "select", "learn", "calibration"]
@@ -22,7 +25,10 @@ Part = Literal["report", "select", "learn", "calibration"]
 FORMAT = "promptstitch.splits.v1"
 # Of all sites. In this order documents that overlap are kept: what is reported on loses nothing to what is learned.
 SHARES: Mapping[Part, float] = {"report": 0.14, "select": 0.085, "learn": 0.675, "calibration": 0.1}
+LEARNING: tuple[Part, ...] = ("report", "select", "learn")
 GRAM = 13  # words, as GPT-3's authors checked their data for contamination
+COMMON = (4, 0.25)  # documents, and their share: what more of them hold is the form they are written in, no overlap
+PIECE = 2000  # characters of a text that is alone, and has to be dealt out itself
 
 
 @dataclass(frozen=True)
@@ -50,41 +56,51 @@ class Splits:
         return {"format": FORMAT, "data": self.data, "gram": GRAM, "shares": dict(SHARES), "parts": parts}
 
 
-def split(documents: Sequence[Document]) -> Splits:
-    """Deal the documents out. Raises DataError where a part remains empty."""
-    dealt: dict[Part, list[Document]] = {part: [] for part in SHARES}
-    for document in documents:
-        dealt[part_of(document.domain)].append(document)
+def split(documents: Sequence[Document], *needed: Part) -> Splits:
+    """Deal the documents out; a single text is dealt out in pieces. Raises DataError where a part that is needed
+    remains empty; without any named, those that learning needs."""
+    each = _pieces(documents[0]) if len(documents) == 1 else documents
+    sites = _dealt({document.domain for document in each})
+    if len(sites) == 1:  # then that says nothing, and documents go by themselves
+        each = [replace(document, domain=document.content) for document in each]
+        sites = _dealt({document.domain for document in each})
+    own = [set(grams(document.words)) for document in each]
+    counts = Counter(gram for found in own if len(found) > 1 for gram in found)
+    common = {gram for gram, count in counts.items() if count > max(COMMON[0], COMMON[1] * len(each))}
     taken: set[bytes] = set()
     kept: dict[Part, tuple[Document, ...]] = {}
-    for part, candidates in dealt.items():
-        found = [(document, set(grams(document.words))) for document in candidates]
-        clean = [(document, own) for document, own in found if own.isdisjoint(taken)]
-        kept[part] = tuple(document for document, _ in clean)
-        taken = taken.union(*(own for _, own in clean))
-    if empty := [part for part, each in kept.items() if not each]:
+    dropped: dict[Part, int] = {}
+    for part in SHARES:
+        candidates = [
+            (document, found - common)
+            for document, found in zip(each, own, strict=True)
+            if sites[document.domain] == part
+        ]
+        clean = [(document, found) for document, found in candidates if found.isdisjoint(taken)]
+        kept[part], dropped[part] = tuple(document for document, _ in clean), len(candidates) - len(clean)
+        taken = taken.union(*(found for _, found in clean))
+    if empty := [part for part in SHARES if part in (needed or LEARNING) and not kept[part]]:
+        why = f"{dropped[empty[0]]} share {GRAM} words in a row with another part; " if dropped[empty[0]] else ""
         raise DataError(
-            f"{len(documents)} documents of {len({d.domain for d in documents})} sites leave nothing for the part "
-            f"{empty[0]}; give more documents, of more sites"
+            f"{len(each)} documents of {len(sites)} sites leave nothing for the part {empty[0]}: {why}"
+            "give more documents that differ"
         )
-    dropped = {part: len(dealt[part]) - len(kept[part]) for part in SHARES}
     return Splits(kept, dropped, digest(documents))
 
 
 def part_of(domain: str) -> Part:
     """The part that everything from this site belongs to."""
-    at = int.from_bytes(hashlib.sha256(f"{FORMAT} {domain}".encode()).digest()[:8], "big") / 2**64
-    for part, share in SHARES.items():
-        at -= share
-        if at < 0:
+    at = _place(domain)
+    for part, (_, end) in _ranges().items():
+        if at < end:
             return part
     return "calibration"  # the shares' sum may round to a little less than 1
 
 
 def grams(text: str) -> Iterator[bytes]:
-    """A digest of each run of GRAM words, whatever their case and what stands between them."""
-    words = re.findall(r"\w+", text.lower())
-    for start in range(len(words) - GRAM + 1):
+    """A digest of each run of GRAM words, whatever their case and what stands between them; of fewer, of all."""
+    words = normalised(text)
+    for start in range(max(len(words) - GRAM, 0) + 1 if words else 0):
         yield hashlib.blake2b(" ".join(words[start : start + GRAM]).encode(), digest_size=8).digest()
 
 
@@ -103,6 +119,43 @@ def record(splits: Splits, path: Path) -> None:
             "compare: give the same data, or start in another folder"
         )
     return None
+
+
+def _place(domain: str) -> float:
+    """From 0 to 1."""
+    return int.from_bytes(hashlib.sha256(f"{FORMAT} {domain}".encode()).digest()[:8], "big") / 2**64
+
+
+def _ranges() -> dict[Part, tuple[float, float]]:
+    """The places of a part."""
+    ends = list(accumulate(SHARES.values()))
+    return dict(zip(SHARES, pairwise([0.0, *ends]), strict=True))
+
+
+def _dealt(domains: Collection[str]) -> dict[str, Part]:
+    """The part of each, none empty if there are enough: an empty one gets the nearest of a part that can spare one."""
+    dealt = {domain: part_of(domain) for domain in sorted(domains)}
+    for part, (start, end) in _ranges().items():
+        counts = Counter(dealt.values())
+        spare = [domain for domain, given in dealt.items() if counts[given] > 1]
+        if not counts[part] and spare:
+            dealt[min(spare, key=lambda domain: abs(_place(domain) - (start + end) / 2))] = part
+    return dealt
+
+
+def _pieces(document: Document) -> list[Document]:
+    """A text in pieces that end with a paragraph."""
+    if document.text is None or document.completion is not None:
+        return [document]
+    pieces, lines = [], [""]
+    for line in re.split(r"(?<=\n\n)", document.text):
+        if len(lines[-1]) >= PIECE:
+            lines.append("")
+        lines[-1] += line
+    for number, text in enumerate(lines):
+        piece = replace(document, id=f"{document.id}#{number}", text=text)
+        pieces.append(replace(piece, domain=piece.content))
+    return pieces
 
 
 def _data(manifest: Any) -> str:

@@ -93,8 +93,8 @@ def cut(
     as the tokenizer does by itself, as serving does.
     Of a text, every `length` tokens are a window, without overlap, and what is left over at the end is dropped; a BOS
     that the layout asks for stands before each, as an extra token. Of a completion or a chat, the whole is one window
-    of at most `length` tokens, and a longer one is left out; it ends with the token that ends an answer. Raises
-    DataError where nothing is left, and where a layout cannot be had.
+    of at most `length` tokens, a BOS not counted, and a longer one is left out; it ends with the token that ends an
+    answer. Raises DataError where nothing is left, and where a layout cannot be had.
     """
     if length < 2:
         raise DataError(f"windows of {length} tokens have nothing to score; take at least 2")
@@ -129,7 +129,8 @@ def _rows(document: Document, tokenizer: Tokenizer, length: int, bos: Bos | None
         for row in (
             _chat(document, tokenizer) if document.turns else _completion(document, tokenizer, bos or "tokenizer")
         ):
-            if len(row.ids) <= length:
+            extra = bool(row.ids) and row.ids[0] == tokenizer.bos_token_id
+            if len(row.ids) - extra <= length:
                 yield replace(row, scored=[False, *row.scored[1:]])
     except ValueError as error:
         raise DataError(f"{document.id}: {error}") from error
@@ -183,9 +184,12 @@ def _chat(document: Document, tokenizer: Tokenizer) -> Iterator[_Row]:
 def _nothing(documents: Sequence[Document], tokenizer: Tokenizer, length: int) -> str:
     texts = [document for document in documents if document.completion is None and not document.turns]
     if not texts:
-        return f"every one of {len(documents)} documents is longer than {length} tokens; take longer windows (--window)"
+        return (
+            f"every one of {len(documents)} documents is longer than {length} tokens; take longer windows "
+            "(--window, or --set window=N)"
+        )
     longest = max(len(tokenizer.encode(document.text or "", "none")) for document in texts)
     return (
         f"the data is too short for one window of {length} tokens: the longest of {len(documents)} documents has "
-        f"{longest}; take shorter windows (--window) or more text"
+        f"{longest}; take shorter windows (--window, or --set window=N) or more text"
     )

@@ -39,8 +39,8 @@ def teacher(
             at += len(part)
     else:
         states = _kept(dense, windows, cache, report)
-    head, dtype = model.head, model.dtype  # and no more of the model
-    return Teacher(windows, states, lambda rows: head(rows.to(dtype)), dense.identity.weights)
+    head, dtype, device = model.head, model.dtype, model.device  # and no more of the model
+    return Teacher(windows, states, lambda rows: head(rows.to(device, dtype)), dense.identity.weights)
 
 
 @torch.inference_mode()

@@ -60,7 +60,7 @@ def parts(name: str, root: Path | None = None) -> dict[Split, Sequence[Document]
         if given and whole == one:
             return {one: documents(given, root)}
     try:
-        dealt = split(documents(name, root)).parts
+        dealt = split(documents(name, root), *SPLITS).parts
     except DataError as error:
         raise DataError(f"{error}; or say what all of it is for: {name}:report, {name}:select") from error
     return {one: dealt[one] for one in SPLITS}
@@ -96,8 +96,7 @@ def sample(
         cuts[bos] = cut(found, tokenizer, length, bos=bos)
         if not _same_tokens(plain, cuts[bos]):
             raise DataError(
-                f"{data}: with the BOS of layout {bos} some of it is longer than {length} tokens, so that losses would "
-                "not be of the same text; take longer windows (--window)"
+                f"{data}: in layout {bos} the tokenizer gives other text tokens, so that losses do not compare"
             )
     order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(seed))
     return Sample(data, part, cuts, order[:most])

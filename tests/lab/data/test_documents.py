@@ -27,7 +27,7 @@ def file(tmp_path):
 
 
 def test_plain_text_is_one_document(file):
-    assert read(file("a.txt", "\ufeffone\n\ntwo\r\n")) == [Document("a.txt", "a.txt", "one\n\ntwo\r\n")]
+    assert read(file("a.txt", "\ufeffone\n\ntwo\r\n")) == [Document("a.txt", text="one\n\ntwo\r\n")]
 
 
 def test_the_three_kinds_of_records(file):
@@ -42,8 +42,8 @@ def test_the_three_kinds_of_records(file):
     )
     text, task, talk = read(path)
     assert text == Document("a.jsonl:1", "example.com", "one")
-    assert task == Document("7", "a.jsonl:2", "2+2=", "4")
-    assert talk == Document("a.jsonl:3", "a.jsonl:3", turns=(Turn("user", "hi"), Turn("assistant", "ho")))
+    assert task == Document("7", text="2+2=", completion="4")
+    assert talk == Document("a.jsonl:3", turns=(Turn("user", "hi"), Turn("assistant", "ho")))
 
 
 def test_a_folder_is_all_of_its_files_in_order(file, tmp_path):

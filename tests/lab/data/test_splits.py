@@ -5,10 +5,11 @@ from __future__ import annotations
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 
-from lab.data.documents import DataError, Document
+from lab.data.documents import DataError, Document, Turn
 from lab.data.splits import SHARES, grams, part_of, record, split
 
 
@@ -57,7 +58,47 @@ def test_a_site_stays_where_it_is_when_others_come():
 def test_words_are_compared_whatever_their_case_and_signs():
     one = " ".join(f"w{i}" for i in range(13))
     assert list(grams(one)) == list(grams(one.upper().replace(" ", ",  ")))
-    assert not list(grams(" ".join(one.split()[:12])))
+    short = " ".join(one.split()[:12])
+    assert len(list(grams(short))) == 1
+    assert list(grams(short)) != list(grams(one))
+    assert not list(grams(" ?! "))
+
+
+def test_what_most_documents_begin_with_is_their_form_and_no_overlap():
+    form = " ".join(f"please{i}" for i in range(20))
+    alike = [replace(document, text=f"{form} {document.text}") for document in made()]
+    splits = split(alike)
+    assert sum(len(part) for part in splits.parts.values()) == len(alike)
+    system = Turn("system", form)
+    chats = [Document(str(i), turns=(system, Turn("user", f"a{i}"), Turn("assistant", f"b{i}"))) for i in range(8)]
+    assert sum(len(part) for part in split(chats).parts.values()) == 8
+
+
+def test_a_document_of_no_site_goes_by_its_words_wherever_it_stands():
+    first = [Document(f"a.jsonl:{i}", text=f"Word{i}, two three.") for i in range(200)]
+    again = [Document(f"b.jsonl:{i}", text=f"word{i} two THREE") for i in range(200)][::-1]
+    before = {d.content: part for part, each in split(first).parts.items() for d in each}
+    after = {d.content: part for part, each in split(again).parts.items() for d in each}
+    assert before == after
+    repeated = split(first[:20] + [Document(str(i), text="What is it? This.") for i in range(100)])
+    assert sum(any(d.text.startswith("What") for d in part) for part in repeated.parts.values()) == 1
+
+
+@pytest.mark.parametrize("count", [4, 5, 10, 20])
+def test_few_documents_are_enough_for_every_part(count):
+    for seed in range(20):
+        assert all(split([Document(str(i), text=f"{seed} {i} it is") for i in range(count)]).parts.values())
+
+
+def test_one_site_and_one_text_are_dealt_out_themselves():
+    pages = [Document(str(i), "one.example", f"page {i} of it") for i in range(10)]
+    assert all(split(pages).parts.values())
+    paragraphs = "\n\n".join(" ".join(f"w{i}x{j}" for j in range(100)) for i in range(100))
+    parts = split([Document("book.txt", text=paragraphs)]).parts
+    assert all(parts.values())
+    assert len("".join(d.text for part in parts.values() for d in part)) == len(paragraphs)
+    with pytest.raises(DataError, match="leave nothing for the part"):
+        split([Document("1", text="so short a text")])
 
 
 def test_prompts_completions_and_chats_count_too():
