@@ -240,10 +240,8 @@ def _text(
     }
     try:
         dense, about = _dense(asked, loaded, windows, prompt, steps) if asked.dense else (None, {})
-        scorer, compare = Scorer(loaded, asked.cache), asked.dense is not None
-        found = conditions(
-            scorer, tokenizer, windows, prompt, steps, dense=dense, compare=compare, controls=asked.controls
-        )
+        scorer, controls = Scorer(loaded, asked.cache), asked.controls
+        found = conditions(scorer, tokenizer, windows, prompt, steps, dense=dense, compare=True, controls=controls)
     except NotFiniteLoss as error:
         raise CommandError(str(error)) from error
     return {**found.told(asked.seed), **told, **about}

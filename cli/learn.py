@@ -34,6 +34,9 @@ Init = Annotated[
 Dense = Annotated[
     str | None, typer.Option("--dense", metavar="MODEL", help="Dense model to distil from; else MODEL, if dense.")
 ]
+Base = Annotated[
+    str | None, typer.Option("--base", help="Base of a foreign compressed MODEL: digest, or dense folder.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Order of the data, and random starts.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Prompt file; else in the run folder.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", metavar="N", help="Text tokens.", rich_help_panel=LENGTH)]
@@ -78,6 +81,7 @@ def learn(
     change: Changes = None,
     init: Init = None,
     dense: Dense = None,
+    base: Base = None,
     seed: Seed = 0,
     out: Out = None,
     tokens: Tokens = None,
@@ -118,6 +122,7 @@ def learn(
         compute=compute,
         bos=bos,  # type: ignore[arg-type]
         seed=seed,
+        base=base,
     )
     try:
         splits = split(documents(data, data_root))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.learn import Bos, Changes, ComputeName, DataRoot, Device, Dtype, RecipeName, Seed, Steps, Tokens
+from cli.learn import Base, Bos, Changes, ComputeName, DataRoot, Device, Dtype, RecipeName, Seed, Steps, Tokens
 from cli.options import Config
 from cli.output import AsJson, CommandError, say, tell_json
 
@@ -44,6 +44,9 @@ Out = Annotated[
 Dense = Annotated[
     str | None, typer.Option("--dense", metavar="MODEL", help="The dense model, where MODEL is compressed already.")
 ]
+Embedding = Annotated[
+    str, typer.Option("--embedding", metavar="NAME", help="Of the checkpoint: keep, or q8, which we alone read.")
+]
 Calibration = Annotated[int, typer.Option("--calibration-tokens", min=1, help="Read by the solver.")]
 Windows = Annotated[int, typer.Option("--windows", min=2, help="Windows that are scored of select and of report.")]
 Cache = Annotated[Path, typer.Option("--cache", metavar="DIR", help="Where dense states and scores are kept.")]
@@ -62,6 +65,8 @@ def recover(
     method: MethodName = None,
     out: Out = None,
     dense: Dense = None,
+    base: Base = None,
+    embedding: Embedding = "keep",
     recipe: RecipeName = "default",
     change: Changes = None,
     tokens: Tokens = None,
@@ -106,6 +111,8 @@ def recover(
         device=device,
         compute=compute,
         seed=seed,
+        base=base,
+        embedding=embedding,
     )
     settings = load_settings(config, store=store)
     figures = _run(order, data, data_root, run, out, cache, settings, store, as_json)

@@ -47,6 +47,7 @@ class Subject:
     dense: Path | None = None
     equal: SoftPrompt | None = None
     every: Choice | None = None
+    base: str | None = None  # of a foreign `model`, as `llama.identity.identify` takes it
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def prove(
                 loaded = load(subject.dense, dtype=subject.dtype, device=subject.device)
                 dense = of_dense(loaded, windows, report, cache=cache, equal=subject.equal, same=prompt)
                 del loaded  # the model itself goes before the other comes
-            served = load(subject.model, level=subject.level, dtype=subject.dtype, device=subject.device)
+            served = load(
+                subject.model, level=subject.level, base=subject.base, dtype=subject.dtype, device=subject.device
+            )
             tokenizer = HubTokenizer(subject.model)
             choice = subject.every if full else None
             try:

@@ -47,7 +47,8 @@ class Published:
 
 def publish(store: PromptStore, file: PromptFile, task: str, select: Measurement, report: Measurement) -> Published:
     """Push the prompt with both measurements; `default` at its level moves to it only if the whole interval of its
-    gain on `report` lies above 0, and what it points to now was not measured better on just these data and weights.
+    gain on `select` lies above 0, and what it points to now was not measured better on just these data and weights.
+    What is reported decides nothing, or it would be no report.
 
     Raises StoreError.
     """
@@ -58,16 +59,16 @@ def publish(store: PromptStore, file: PromptFile, task: str, select: Measurement
     now = _alias(store, version)
     if now is not None and now.version == version.version:
         return Published(version, new, True, f"{task}:{DEFAULT} points to it already")
-    if report.gain is None or report.gain_low is None or report.gain_low <= 0:
-        return Published(version, new, False, f"its gain on report is not more than chance: {_gain(report)}")
-    if now is not None and (better := _better(store, now, report)) is not None:
+    if select.gain is None or select.gain_low is None or select.gain_low <= 0:
+        return Published(version, new, False, f"its gain on select is not more than chance: {_gain(select)}")
+    if now is not None and (better := _better(store, now, select)) is not None:
         why = (
-            f"{task}@{now.version}, the default, has perplexity {better:.2f} on the same data, this {report.value:.2f}"
+            f"{task}@{now.version}, the default, has perplexity {better:.2f} on the same data, this {select.value:.2f}"
         )
         return Published(version, new, False, why)
     expected = None if now is None else ANY_REVISION
-    store.aliases.put(task, DEFAULT, version.version, expected=expected, gain_on=report.served_weights, by=RECORDER)
-    return Published(version, new, True, f"its gain on report is above 0: {_gain(report)}")
+    store.aliases.put(task, DEFAULT, version.version, expected=expected, gain_on=select.served_weights, by=RECORDER)
+    return Published(version, new, True, f"its gain on select is above 0: {_gain(select)}")
 
 
 def _alias(store: PromptStore, version: Version) -> Alias | None:

@@ -79,6 +79,8 @@ class Order:
     seed: int = 0
     equal: SoftPrompt | None = None
     every: bool = False
+    base: str | None = None  # of a foreign compressed model, as `llama.identity.identify` takes it
+    embedding: str = "keep"  # of the checkpoint that the solver writes, as it takes it
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Plan:
             "recipe": order.recipe.told(),
             "budget": {"amount": order.budget.amount, "unit": order.budget.unit},
             "calibration": order.calibration if self.solve else None,
+            **({"embedding": order.embedding} if self.solve and order.embedding != "keep" else {}),
             "windows": order.windows,
             "data": self.splits.data,
             "bos": order.bos,
@@ -152,7 +155,7 @@ def planned(order: Order, splits: Splits, places: Places, data: str) -> Plan:
 
     Raises LearnError, DataError, ModelError.
     """
-    stored = identify(order.model)
+    stored = identify(order.model, base=order.base)
     if order.level is None and stored.level == "dense":
         raise LearnError(f"{order.model} is dense; say which level it is to be compressed to, --level w3g64")
     if order.level is not None and order.method is not None and stored.level != "dense":
@@ -162,9 +165,14 @@ def planned(order: Order, splits: Splits, places: Places, data: str) -> Plan:
     if order.dense is not None and (other := identify(order.dense).base) != stored.base:
         raise ModelError(
             f"--dense {order.dense} is of base {other}, the model of {stored.base}; name the dense checkpoint that the "
-            "model was made from"
+            "model was made from, or say that it is (--base)"
         )
     solve = order.level is not None and (order.method is not None or order.level not in LOAD_LEVELS)
+    if order.embedding != "keep" and not solve:
+        raise LearnError(
+            f"embedding is {order.embedding!r}, but {order.level or 'the model'} is made while loading and writes no "
+            "checkpoint; name a method, --method gptq"
+        )
     if not splits.parts["calibration"] and solve:
         raise DataError("no document is left to calibrate on; give more documents, of more sites")
     plan = Plan(order, places, splits, _materials(order, splits, data), solve, stored.base, stored.weights)
@@ -199,7 +207,8 @@ def subject(plan: Plan, file: PromptFile) -> Subject:
     """The prompt, with all that it is held against."""
     order, (model, level) = plan.order, plan.served
     choice = _choice(plan) if order.every else None
-    return Subject(file, model, level, order.dtype, order.device, plan.dense, order.equal, choice)
+    base = None if plan.solve else order.base
+    return Subject(file, model, level, order.dtype, order.device, plan.dense, order.equal, choice, base)
 
 
 def _choice(plan: Plan) -> Choice:
@@ -276,7 +285,8 @@ def _compressed(plan: Plan, place: Path, figures: Path) -> Mapping[str, Any]:
 def _solver_order(plan: Plan) -> solver.Order:
     order = plan.order
     assert order.level is not None
-    return solver.Order(order.model, plan.places.checkpoint, order.level, order.method, device=order.device)
+    place = plan.places.checkpoint
+    return solver.Order(order.model, place, order.level, order.method, embedding=order.embedding, device=order.device)
 
 
 def _calibration(model: Path, documents: Sequence[Document], order: Order) -> tuple[Tokens, str]:
@@ -302,6 +312,7 @@ def _learn_order(plan: Plan) -> LearnOrder:
         compute=order.compute,
         bos=order.bos,
         seed=order.seed,
+        base=None if plan.solve else order.base,
     )
 
 

@@ -23,6 +23,7 @@ from llama.formats import format_at_load, stored_format
 from llama.identity import Identity, identify
 from llama.linear import DenseLinear
 from llama.model import Llama
+from llama.rtn import Grid
 
 Progress = Callable[[str, int, int], None]  # step, bytes done, bytes in all
 
@@ -85,7 +86,15 @@ def info(directory: Path, *, level: str | None = None, base: str | None = None) 
     checkpoint = Checkpoint(directory)
     stored_format(checkpoint)
     identity = identify(directory, level, base)
+    if identity.at_load and (grid := Grid.of_level(identity.at_load)):
+        for width in row_widths(checkpoint.config):
+            grid.check(width)
     return ModelInfo(checkpoint.config, identity, parameters(checkpoint.config), checkpoint.disk_bytes())
+
+
+def row_widths(config: LlamaConfig) -> tuple[int, ...]:
+    """Inputs of the linears of a block."""
+    return config.hidden_size, config.num_heads * config.head_dim, config.intermediate_size
 
 
 def parameters(config: LlamaConfig) -> int:

@@ -45,6 +45,13 @@ class Grid:
         match = _LEVEL.fullmatch(level)
         return cls(int(match[1]), int(match[2])) if match else None
 
+    def check(self, columns: int) -> None:
+        """Raise UnsupportedModel unless rows of so many weights can be cut into groups."""
+        if columns % self.group:
+            raise UnsupportedModel(
+                f"a row of {columns} weights cannot be cut into groups of {self.group}; choose a group that divides it"
+            )
+
 
 def is_quantised(name: str) -> bool:
     """Whether the checkpoint tensor `name` goes on the grid: the weights of the linears of the decoder blocks."""
@@ -60,14 +67,10 @@ def quantise(weight: torch.Tensor, bits: int, group: int) -> tuple[torch.Tensor,
 
     Raises UnsupportedModel if K is no multiple of the group, BrokenCheckpoint if a weight is not finite.
     """
-    Grid(bits, group)
     rows, columns = weight.shape
+    Grid(bits, group).check(columns)
     if weight.dtype != torch.float32:
         raise TypeError(f"weights are quantised from fp32, got {weight.dtype}")
-    if columns % group:
-        raise UnsupportedModel(
-            f"a row of {columns} weights cannot be cut into groups of {group}; choose a group that divides {columns}"
-        )
     grouped = weight.reshape(rows, columns // group, group)
     amax = grouped.abs().amax(dim=-1, keepdim=True)  # (N, K / group, 1)
     if not bool(torch.isfinite(amax).all()):

@@ -4,7 +4,7 @@ A name is a quantisation, a sparsity, or both joined by `-`:
 
     dense
     int8 | nf4 | w<bits>[g<group>]     w4g128: 4 bit, one scale for 128 weights; w8: one scale for a row
-    s<percent> | s2of4                 s50: half of the weights are zero; s2of4: two of every four
+    s<percent> | s<keep>of<of>         s50: half of the weights are zero; s2of4: two of every four stay
 
 The bits are nominal (scales counted, masks and embeddings not): they order levels, they do not weigh a file.
 Knows no model and no method: two methods that give `w4g128` give one level.
@@ -21,7 +21,8 @@ DENSE_BITS = 16.0
 SCALE_BITS = 16  # one fp16 scale for each group
 NAMED_BITS = {"int8": 8.0, "nf4": 4.5}  # nf4: 4 bit and an fp32 absmax for 64 weights
 _GROUPED = re.compile(r"w0*([2-8])(?:g0*([1-9][0-9]{0,4}))?")
-_SPARSE = re.compile(r"s(?:0*([1-9]?[0-9])|(2of4))")
+_SPARSE = re.compile(r"s(?:0*([1-9]?[0-9])|0*([1-9][0-9]?)of0*([1-9][0-9]?))")
+WORD = 64  # weights; a pattern's length divides it
 _SPELLINGS = dict.fromkeys(("fp32", "fp16", "bf16", "float32", "float16", "bfloat16", "none"), "dense")
 _SPELLINGS |= {"llm.int8": "int8", "2:4": "s2of4", "2of4": "s2of4"}
 _EXAMPLES = "dense, int8, nf4, w4g128, w3g64, s50, w4g128-s50, w4g128-s2of4"
@@ -33,7 +34,7 @@ class Level:
 
     quant: str | None
     sparsity: float
-    structured: bool  # 2 of 4
+    pattern: str | None  # 2of4
     quant_bits: float
 
     @property
@@ -42,7 +43,7 @@ class Level:
         return self.quant_bits * (1.0 - self.sparsity)
 
     def __str__(self) -> str:
-        sparse = "s2of4" if self.structured else f"s{round(self.sparsity * 100)}" if self.sparsity else None
+        sparse = f"s{self.pattern or round(self.sparsity * 100)}" if self.sparsity else None
         return "-".join(part for part in (self.quant, sparse) if part) or "dense"
 
 
@@ -61,13 +62,15 @@ def bits_per_weight(name: str) -> float:
 
 def _read(name: str) -> Level:
     """A name read leniently: any case, order, separator, leading zeros."""
-    quant, quant_bits, sparsity, structured = None, DENSE_BITS, 0.0, False
+    quant, quant_bits, sparsity, pattern = None, DENSE_BITS, 0.0, None
     seen: set[str] = set()
     for spelt in re.split(r"[-_+,]", name.lower()) if len(name) <= 64 else ():
         part = _SPELLINGS.get(spelt, spelt)
-        if sparse := _SPARSE.fullmatch(part):
-            slot, structured = "sparsity", sparse[2] is not None
-            sparsity = 0.5 if structured else int(sparse[1]) / 100
+        if (sparse := _SPARSE.fullmatch(part)) and sparse[1]:
+            slot, sparsity = "sparsity", int(sparse[1]) / 100
+        elif sparse and int(sparse[2]) < int(sparse[3]) and WORD % int(sparse[3]) == 0:
+            slot, keep, of = "sparsity", int(sparse[2]), int(sparse[3])
+            sparsity, pattern = 1.0 - keep / of, f"{keep}of{of}"
         elif grouped := _GROUPED.fullmatch(part):
             slot, bits, group = "quant", int(grouped[1]), grouped[2]
             quant = f"w{bits}g{group}" if group else f"w{bits}"
@@ -83,7 +86,7 @@ def _read(name: str) -> Level:
         seen.add(slot)
     if not seen:
         raise BadLevel(f"{_shown(name)} is no compression level; levels look like {_EXAMPLES}")
-    return Level(quant, sparsity, structured, quant_bits)
+    return Level(quant, sparsity, pattern, quant_bits)
 
 
 def _shown(name: str) -> str:

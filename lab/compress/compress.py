@@ -5,7 +5,7 @@ Knows files, names and sizes; knows no arithmetic.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from llama.manifest import Manifest
 EXPORTS = ("packed", "dense")
 EMBEDDINGS = ("keep", "q8")
 SWEEPS = 3
+SEALED = "manifest"  # among a run's figures: what the checkpoint says of itself
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm.weight"
 
 
@@ -97,7 +98,8 @@ class Sizes:
 
 def planned(order: Order) -> Plan:
     """Everything that can be found wrong without reading a weight is found here. Raises ModelError."""
-    check_free(order.out)
+    if Manifest.read(order.out) is None:  # ours may be of this very run, which then just tells of it
+        check_free(order.out)
     level = Level.parse(order.level)
     method = choose(order.method, level)
     identity = identify(order.source)
@@ -117,8 +119,29 @@ def planned(order: Order) -> Plan:
 def compress(plan: Plan, tokens: Tokens | None, run: Run, report: Report) -> tuple[Manifest, Sizes]:
     """Carry the plan out, or on where `run` stands. `tokens` may be None for a method that looks at no inputs.
 
-    The checkpoint appears in its place whole, as the last step. Raises ModelError, RunError.
+    The checkpoint appears in its place whole, after the last block. Raises ModelError, RunError.
     """
+    checkpoint, config = plan.checkpoint, plan.checkpoint.config
+    manifest = Manifest.read(plan.order.out)
+    if manifest is None or run.figures.get(SEALED) != asdict(manifest):
+        manifest = _solve(plan, tokens, run, report)
+    loaded = load(plan.order.out, device="cpu")  # sizes that are told are measured, and the folder is known to load
+    layers = linear_weights(config)
+    sizes = Sizes(
+        checkpoint.disk_bytes(),
+        loaded.disk_bytes,
+        loaded.resident_bytes,
+        2 * layers,
+        paper_bytes(layers, plan.recipe.level),
+    )
+    run.tell(layers=[{k: v for k, v in event.items() if k not in ("time", "event")} for event in run.events(LAYER)])
+    (run.folder / STATE).unlink(missing_ok=True)  # hidden states, of no use any more
+    return manifest, sizes
+
+
+def _solve(plan: Plan, tokens: Tokens | None, run: Run, report: Report) -> Manifest:
+    """Block after block into a folder that gets its name when it is whole. What it will say of itself is told first,
+    so that a run that is cut off after it got its name knows it again."""
     checkpoint, order, config = plan.checkpoint, plan.order, plan.checkpoint.config
     folder = GrowingFolder(order.out, config.num_layers + 1)
     in_8_bits = order.embedding == "q8"
@@ -137,22 +160,11 @@ def compress(plan: Plan, tokens: Tokens | None, run: Run, report: Report) -> tup
 
     def seal(weights: str) -> Manifest:
         source = f"{plan.recipe.method.name} of {identity.weights}"
-        return Manifest(identity.base, plan.recipe.level.name, weights, identity.name, source)
+        manifest = Manifest(identity.base, plan.recipe.level.name, weights, identity.name, source)
+        run.tell(**{SEALED: asdict(manifest)}, embedding_lossless=all(table.lossless for table in tables))
+        return manifest
 
-    manifest = folder.finish(order.source, raw, seal)
-    loaded = load(order.out, device="cpu")  # sizes that are told are measured, and the folder is known to load
-    layers = linear_weights(config)
-    sizes = Sizes(
-        checkpoint.disk_bytes(),
-        loaded.disk_bytes,
-        loaded.resident_bytes,
-        2 * layers,
-        paper_bytes(layers, plan.recipe.level),
-    )
-    run.tell(embedding_lossless=all(table.lossless for table in tables))
-    run.tell(layers=[{k: v for k, v in event.items() if k not in ("time", "event")} for event in run.events(LAYER)])
-    (run.folder / STATE).unlink(missing_ok=True)  # hidden states, of no use any more
-    return manifest, sizes
+    return folder.finish(order.source, raw, seal)
 
 
 def paper_bytes(weights: int, level: Level) -> int:

@@ -121,10 +121,10 @@ def offline(name: str, root: Path | None, items: int = ITEMS) -> tuple[Configura
     """(lm-eval's task over local items, share of the most frequent answer, digest of the items). Raises DataError."""
     assert root is not None
     spec = OFFLINE[name]
-    left_out = {row["question"] for row in _rows(root / spec.unlike)} if spec.unlike else set()
-    rows = [row for row in _rows(root / spec.file) if not left_out or row["question"] not in left_out]
-    rows.sort(key=lambda row: hashlib.sha256(f"{name} {row['id']}".encode()).digest())
     try:
+        left_out = {row["question"] for row in _rows(root / spec.unlike)} if spec.unlike else set()
+        rows = [row for row in _rows(root / spec.file) if not left_out or row["question"] not in left_out]
+        rows.sort(key=lambda row: hashlib.sha256(f"{name} {row.get('id', spec.ask(row))}".encode()).digest())
         made = [
             {"query": q, "choices": list(c), "gold": int(row["answer"])}
             for row in rows[:items]

@@ -125,7 +125,10 @@ def _lessons(plan: Plan, drawn: Windows, cache: Path | None, report: Report) -> 
 
 def _served(plan: Plan, prepare: bool) -> LoadedModel:
     """The model that will be served."""
-    return load(plan.order.model, level=plan.order.level, dtype=plan.dtype, device=str(plan.device), prepare=prepare)
+    order = plan.order
+    return load(
+        order.model, level=order.level, base=order.base, dtype=plan.dtype, device=str(plan.device), prepare=prepare
+    )
 
 
 def _form(plan: Plan, model: Llama) -> tuple[Form, Start]:

@@ -23,7 +23,9 @@ from llama.config import LlamaConfig
 from llama.identity import Identity
 from llama.load import choose_device, choose_dtype, info
 from llama.tokenizer import HubTokenizer
+from prompts_store.level import parse_level
 from prompts_store.prompt import Bos, SoftPrompt
+from prompts_store.reference import check_task
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Order:
     compute: str = "auto"
     bos: Bos = "tokenizer"
     seed: int = 0
+    base: str | None = None  # of a foreign compressed model, as `llama.identity.identify` takes it
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,13 @@ class Plan:
 
 
 def planned(order: Order, splits: Splits) -> Plan:
-    """The order with its windows cut. Raises LearnError, DataError, ModelError."""
+    """The order with its windows cut. Raises LearnError, DataError, ModelError, BadReference, BadLevel."""
+    if order.task is not None:
+        check_task(order.task)
     device = choose_device(order.device)
     dtype = str(choose_dtype(order.dtype, device)).removeprefix("torch.")
-    told = info(order.model, level=order.level)
+    told = info(order.model, level=order.level, base=order.base)
+    parse_level(told.identity.level)
     dense = _dense(order, told.identity) if order.recipe.distil else None
     _check_room(order, told.config)
     parent = None
@@ -132,7 +138,7 @@ def _dense(order: Order, identity: Identity) -> tuple[Path, Identity]:
     if dense.base != identity.base:
         raise LearnError(
             f"--dense {folder} is of base {dense.base}, the model of {identity.base}; name the dense checkpoint that "
-            "the model was made from"
+            "the model was made from, or say that it is (--base)"
         )
     if dense.weights == identity.weights:
         raise LearnError(

@@ -111,11 +111,12 @@ def prompted(found: Sequence[Claim]) -> list[Claim]:
 
 
 def groups(found: Sequence[Claim]) -> list[list[Claim]]:
-    """Claims by what they have in common but the seed, in the order given."""
-    grouped: dict[str, list[Claim]] = {}
+    """Claims by what they have in common but the seed, in the order given, each seed once: the same run may lie in
+    several folders."""
+    grouped: dict[str, dict[int, Claim]] = {}
     for each in found:
-        grouped.setdefault(each.group, []).append(each)
-    return list(grouped.values())
+        grouped.setdefault(each.group, {}).setdefault(_seed(each), each)
+    return [list(seeds.values()) for seeds in grouped.values()]
 
 
 def _seed(claim: Claim) -> int:

@@ -20,7 +20,8 @@ Key = tuple[str | None, str, str]  # task, kind, weights
 
 @dataclass(frozen=True)
 class Ratio:
-    """`share` is None where there is no pair, or the native prompts gain nothing. Sums are in nats a token."""
+    """`share` is None where there is no pair, or the native prompts' gain is not more than chance. Sums are in nats a
+    token."""
 
     share: Estimate | None
     transferred: float
@@ -54,7 +55,9 @@ def transfer_ratio(found: Sequence[Cell]) -> Ratio:
     windows = found[0].windows
     sums = by_document([torch.stack(side).sum(0)[:, None] for side in zip(*pairs, strict=True)], windows)
     transferred, native = (float(mean) for mean in sums.means)
-    share = estimate(sums, lambda means: means[0] / means[1]) if native > 0 else None
+    low = estimate(sums, lambda means: means[1]).low
+    certain = (native if low is None else low) > 0
+    share = estimate(sums, lambda means: means[0] / means[1]) if certain else None
     return Ratio(share, transferred, native, len(pairs))
 
 

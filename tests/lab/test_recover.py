@@ -175,10 +175,10 @@ def learned(command, asked):
 def test_the_default_moves_only_for_a_gain_that_is_more_than_chance(learned, tmp_path, gain, promoted):
     file, measured = learned
     with PromptStore.open(tmp_path / "fresh") as store:
-        found = publish(store, file, "general", measured("select", 9.0, 1.0, 0.5, 2.0), measured("report", 9.0, *gain))
+        found = publish(store, file, "general", measured("select", 9.0, *gain), measured("report", 9.0, 1.0, 0.5, 2.0))
         assert found.promoted is promoted
         assert len(store.aliases.list("general").items) == promoted
-        again = publish(store, file, "general", measured("select", 9.0, 1.0, 0.5, 2.0), measured("report", 9.0, *gain))
+        again = publish(store, file, "general", measured("select", 9.0, *gain), measured("report", 9.0, 1.0, 0.5, 2.0))
         assert (again.new, again.promoted, again.version) == (False, promoted, found.version)
 
 
@@ -186,13 +186,13 @@ def test_a_default_that_was_measured_better_stays(learned, tmp_path):
     file, measured = learned
     gain = (0.1, 0.05, 0.2)
     with PromptStore.open(tmp_path / "fresh") as store:
-        publish(store, file, "general", measured("select", 9.0), measured("report", 9.0, *gain))
+        publish(store, file, "general", measured("select", 9.0, *gain), measured("report", 9.0))
         other = type(file)(file.prompt.first(2), file.provenance)
-        worse = publish(store, other, "general", measured("select", 9.5), measured("report", 9.5, *gain))
+        worse = publish(store, other, "general", measured("select", 9.5, *gain), measured("report", 8.0))
         assert (worse.version.version, worse.promoted) == (2, False)
         assert "general@1" in worse.why
         best = type(file)(file.prompt.first(3), file.provenance)
-        assert publish(store, best, "general", measured("select", 8.0), measured("report", 8.5, *gain)).promoted
+        assert publish(store, best, "general", measured("select", 8.0, *gain), measured("report", 9.5)).promoted
         base = file.prompt.base
         assert store.aliases.get("general", "default", base=base, level="w3g64").version == 3
 
