@@ -164,8 +164,9 @@ def _carry_out(matrix: Matrix, cell: Cell, data: _Data, report: Report) -> Mappi
     with open_run(matrix.folder(cell), plan.record(), cell.seed) as kept:
         outcome = recover(plan, Whole(estimates(plan), report, ends=False))
         told: dict[str, Any] = {"loss": outcome.learned["best"]["loss"], "tokens": outcome.learned["tokens"]}
-        if outcome.file is not None and outcome.report is not None:
+        if outcome.report is not None:
             told |= _summary(outcome.report)
+        if outcome.file is not None:
             about = replace(subject(plan, outcome.file), every=None)  # controls are held against on the task's own data
             for name in matrix.table.tasks[cell.task].also:
                 folder = matrix.folder(cell) / f"report-{_plain(name)}"

@@ -11,17 +11,20 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from safetensors.torch import load_file
+
 from lab.data.documents import Document, digest
 from lab.evaluate.conditions import Conditions, conditions, of_dense
 from lab.evaluate.controls import Choice, untrained
-from lab.evaluate.score import NotFiniteLoss
+from lab.evaluate.score import NotFiniteLoss, score
 from lab.evaluate.scorer import Scorer
+from lab.learn.forms import ADAPTED
 from lab.learn.recipe import LearnError
 from lab.progress import Report
 from lab.run import open_run
 from lab.transfer.cells import Cell, Place
 from lab.transfer.prompts import Contender
-from lab.transfer.samples import Sample
+from lab.transfer.samples import UNPROMPTED, Sample
 from llama.identity import identify
 from llama.load import LoadedModel, load
 from llama.tokenizer import HubTokenizer
@@ -48,6 +51,22 @@ class Subject:
     equal: SoftPrompt | None = None
     every: Choice | None = None
     base: str | None = None  # of a foreign `model`, as `llama.identity.identify` takes it
+
+
+@dataclass(frozen=True)
+class Control:
+    """What was learned in a prompt's place, `kind` lora or norms: its tensors in a file, the digest of the run that
+    `learned` them; the rest as in `Subject`."""
+
+    kind: str
+    tensors: Path
+    learned: str
+    model: Path
+    level: str | None
+    dtype: str
+    device: str
+    dense: Path | None = None
+    base: str | None = None
 
 
 @dataclass(frozen=True)
@@ -114,34 +133,79 @@ def prove(
         return run.figures
 
 
+def prove_adapted(
+    control: Control, material: Material, folder: Path, cache: Path | None, report: Report
+) -> Mapping[str, Any]:
+    """The figures of one split for what changes the model itself: the adapted model and the model, beside the dense
+    one. Raises RunError, ModelError, LearnError."""
+    windows = material.sample.rows(0, len(material.sample), UNPROMPTED)
+    config = {
+        "command": "control",
+        "kind": control.kind,
+        "learned": control.learned,
+        "data": windows.digest,
+        "dense": None if control.dense is None else identify(control.dense).weights,
+        "dtype": control.dtype,
+    }
+    with open_run(folder, config) as run:
+        if "perplexity" not in run.figures:
+            dense = None
+            if control.dense is not None:
+                loaded = load(control.dense, dtype=control.dtype, device=control.device)
+                dense = of_dense(loaded, windows, report, cache=cache)
+                del loaded
+            served = load(
+                control.model, level=control.level, base=control.base, dtype=control.dtype, device=control.device
+            )
+            teacher = dense.teacher if dense else None
+            try:
+                plain = Scorer(served, cache)(windows, None, report, teacher)
+                tensors = {name: tensor.to(served.model.device) for name, tensor in load_file(control.tensors).items()}
+                adapted = ADAPTED[control.kind](served.model).adapted(tensors)
+                main = score(adapted, windows, teacher=teacher, progress=report)
+            except NotFiniteLoss as error:
+                raise LearnError(str(error)) from error
+            told = _where(material, served, bool(control.level), len(set(windows.document.tolist())))
+            run.tell(**Conditions(main, plain, dense).told(), **told)
+        return run.figures
+
+
 def measurement(figures: Mapping[str, Any]) -> Measurement:
     """What the registry is told."""
     return Measurement(**figures["measurement"])
 
 
 def _told(subject: Subject, material: Material, served: LoadedModel, found: Conditions) -> Mapping[str, Any]:
-    who, prompt, sample = served.identity, subject.file.prompt, material.sample
+    prompt, sample = subject.file.prompt, material.sample
+    return {
+        **_where(material, served, bool(subject.level), len(set(found.main.windows.document.tolist()))),
+        "prompt_digest": prompt.digest,
+        "prompt": {"kind": prompt.kind, "num_virtual_tokens": prompt.num_virtual_tokens, "bos": prompt.bos},
+        "measurement": asdict(_cell(subject, sample, served, found).measurement()),
+    }
+
+
+def _where(material: Material, served: LoadedModel, at_load: bool, documents: int) -> Mapping[str, Any]:
+    """On what and on which data."""
+    who, sample = served.identity, material.sample
     return {
         "model": who.name,
         "level": who.level,
-        "method": "while loading" if subject.level else None,  # of a checkpoint, its own run says it
+        "method": "while loading" if at_load else None,  # of a checkpoint, its own run says it
         "base": who.base,
         "weights": who.weights,
         "dtype": str(served.model.dtype).removeprefix("torch."),
         "device": str(served.model.device),
         "bytes": served.resident_bytes,
         "disk_bytes": served.disk_bytes,
-        "prompt_digest": prompt.digest,
-        "prompt": {"kind": prompt.kind, "num_virtual_tokens": prompt.num_virtual_tokens, "bos": prompt.bos},
         "text": {
             "source": sample.data,
             "digest": digest(material.documents),
-            "documents": len(set(found.main.windows.document.tolist())),
+            "documents": documents,
         },
         "split": sample.split,
         "window": material.window,
         "windows": len(sample),
-        "measurement": asdict(_cell(subject, sample, served, found).measurement()),
     }
 
 

@@ -28,14 +28,14 @@ from lab.estimate import speeds
 from lab.evaluate.controls import Choice
 from lab.learn.budget import Budget, steps_of
 from lab.learn.compute import choose_compute
-from lab.learn.learn import learn
+from lab.learn.learn import ADAPTED_TENSORS, learn
 from lab.learn.order import Order as LearnOrder
 from lab.learn.order import Plan as LearnPlan
 from lab.learn.order import planned as planned_learning
 from lab.learn.recipe import Kind, LearnError, Recipe
 from lab.progress import Report
-from lab.prove import Material, Subject, prove
-from lab.run import FIGURES, Run, open_run
+from lab.prove import Control, Material, Subject, prove, prove_adapted
+from lab.run import CONFIG, FIGURES, Run, open_run
 from lab.transfer.samples import SPLITS, Sample, Split, sample
 from lab.whole import Whole
 from llama.errors import ModelError
@@ -141,7 +141,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class Outcome:
-    """The prompt (None for a control that leaves figures alone) and the figures of each step."""
+    """The prompt (None for a control, which chooses nothing either) and the figures of each step."""
 
     file: PromptFile | None
     learned: Mapping[str, Any]
@@ -193,7 +193,11 @@ def recover(plan: Plan, whole: Whole) -> Outcome:
     with whole.step("learn") as report:
         file, learned = _learn(plan, report)
     if file is None:
-        return Outcome(None, learned, None, None, compressed)
+        with whole.step("report") as report:
+            found = prove_adapted(
+                _control(plan), plan.materials["report"], plan.places.run / "report", plan.places.cache, report
+            )
+        return Outcome(None, learned, None, found, compressed)
     about = subject(plan, file)
     figures: dict[Split, Mapping[str, Any]] = {}
     for split in SPLITS:
@@ -209,6 +213,15 @@ def subject(plan: Plan, file: PromptFile) -> Subject:
     choice = _choice(plan) if order.every else None
     base = None if plan.solve else order.base
     return Subject(file, model, level, order.dtype, order.device, plan.dense, order.equal, choice, base)
+
+
+def _control(plan: Plan) -> Control:
+    """What was learned in a prompt's place."""
+    order, (model, level), folder = plan.order, plan.served, plan.places.run / "learn"
+    learned = str(read_json(folder / CONFIG)["digest"])
+    base = None if plan.solve else order.base
+    tensors = folder / ADAPTED_TENSORS
+    return Control(order.kind, tensors, learned, model, level, order.dtype, order.device, plan.dense, base)
 
 
 def _choice(plan: Plan) -> Choice:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Protocol
 
 import torch
@@ -27,7 +28,7 @@ Tensors = Mapping[str, Tensor]
 class Form(Protocol):
     """A way to change what a frozen model makes of a text."""
 
-    positions: int  # before the text; 0 for what changes the model itself
+    positions: int  # before the text; 0 for what changes the model itself: an `AdaptedForm`
 
     def hidden(self, tensors: Tensors, ids: Tensor, n: int) -> Tensor:
         """ids (B, T) → (B, T, H) after the last norm, with the first n positions in front; differentiable."""
@@ -50,16 +51,31 @@ def first(tensors: Tensors, n: int) -> dict[str, Tensor]:
     return {name: t.narrow(0 if name == "prompt_embeddings" else 2, 0, n) for name, t in tensors.items()}
 
 
-class LoraForm:
-    """Low-rank changes of q and v in every block (Hu et al. 2021): W + LORA_SCALE · up · down."""
+class AdaptedForm:
+    """What changes the model itself: a twin of it that reads the tensors at hand."""
 
     positions = 0
 
+    def __init__(self, twin: Llama, now: dict[str, Tensor], recompute: bool) -> None:
+        self._now = now
+        self._model = recomputing(twin.eval()) if recompute else twin.eval()
+
+    def hidden(self, tensors: Tensors, ids: Tensor, n: int) -> Tensor:
+        return hidden_states(self.adapted(tensors), ids)
+
+    def adapted(self, tensors: Tensors) -> Llama:
+        """The model so changed, until the next call."""
+        self._now.update(tensors)
+        return self._model
+
+
+class LoraForm(AdaptedForm):
+    """Low-rank changes of q and v in every block (Hu et al. 2021): W + LORA_SCALE · up · down."""
+
     def __init__(self, model: Llama, recompute: bool = False) -> None:
-        self._now: dict[str, Tensor] = {}
-        changed = [self._changed(block) for block in blocks_of(model)]
-        twin = Llama(model.config, model.embedding, changed, model.norm, model.head).eval()
-        self._model = recomputing(twin) if recompute else twin
+        now: dict[str, Tensor] = {}
+        changed = [self._changed(block, now) for block in blocks_of(model)]
+        super().__init__(Llama(model.config, model.embedding, changed, model.norm, model.head), now, recompute)
 
     @staticmethod
     def start(model: Llama, rank: int, seed: int) -> dict[str, Tensor]:
@@ -74,12 +90,9 @@ class LoraForm:
             tensors[f"{name}_up"] = torch.zeros(c.num_layers, width, rank)
         return tensors
 
-    def hidden(self, tensors: Tensors, ids: Tensor, n: int) -> Tensor:
-        self._now.update(tensors)
-        return hidden_states(self._model, ids)
-
-    def _changed(self, block: Block) -> Block:
-        parts = (block.attention_norm, _Adapted(block, self._now), block.o, block.mlp_norm, block.gate_up, block.down)
+    @staticmethod
+    def _changed(block: Block, now: Tensors) -> Block:
+        parts = (block.attention_norm, _Adapted(block, now), block.o, block.mlp_norm, block.gate_up, block.down)
         return _rebuilt(block, *parts)
 
 
@@ -103,18 +116,15 @@ class _Adapted(Linear):
         return LORA_SCALE * F.linear(F.linear(x, down), up)
 
 
-class NormForm:
+class NormForm(AdaptedForm):
     """The weights of all norms."""
 
-    positions = 0
-
     def __init__(self, model: Llama, recompute: bool = False) -> None:
-        self._now: dict[str, Tensor] = {}
+        now: dict[str, Tensor] = {}
         blocks = blocks_of(model)
-        changed = [self._changed(block, 2 * at) for at, block in enumerate(blocks)]
-        norm = _Learned(model.norm, self._now, 2 * len(blocks))
-        twin = Llama(model.config, model.embedding, changed, norm, model.head).eval()
-        self._model = recomputing(twin) if recompute else twin
+        changed = [self._changed(block, now, 2 * at) for at, block in enumerate(blocks)]
+        norm = _Learned(model.norm, now, 2 * len(blocks))
+        super().__init__(Llama(model.config, model.embedding, changed, norm, model.head), now, recompute)
 
     @staticmethod
     def start(model: Llama) -> dict[str, Tensor]:
@@ -123,13 +133,10 @@ class NormForm:
         each = [norm.weight for block in blocks for norm in (block.attention_norm, block.mlp_norm)]
         return {"norms": torch.stack([*each, model.norm.weight]).detach().float().cpu()}
 
-    def hidden(self, tensors: Tensors, ids: Tensor, n: int) -> Tensor:
-        self._now.update(tensors)
-        return hidden_states(self._model, ids)
-
-    def _changed(self, block: Block, at: int) -> Block:
-        attention = _Learned(block.attention_norm, self._now, at)
-        mlp = _Learned(block.mlp_norm, self._now, at + 1)
+    @staticmethod
+    def _changed(block: Block, now: Tensors, at: int) -> Block:
+        attention = _Learned(block.attention_norm, now, at)
+        mlp = _Learned(block.mlp_norm, now, at + 1)
         return _rebuilt(block, attention, block.qkv, block.o, mlp, block.gate_up, block.down)
 
 
@@ -141,6 +148,9 @@ class _Learned(RMSNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, self.weight.shape, self._now["norms"][self._at].to(x), self.eps)
+
+
+ADAPTED: Mapping[str, type[LoraForm] | type[NormForm]] = MappingProxyType({"lora": LoraForm, "norms": NormForm})
 
 
 def _rebuilt(

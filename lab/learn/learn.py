@@ -15,8 +15,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from lab.data.windows import Windows, windows
+from lab.disk import saving, write_file
 from lab.evaluate.score import Teacher, score
 from lab.evaluate.teacher import teacher
 from lab.learn.budget import pool, steps_in, steps_of
@@ -35,9 +37,11 @@ from prompts_store.file import PromptFile, Provenance
 from prompts_store.golden import RECOMMENDED_IDS, Golden
 from prompts_store.prompt import SoftPrompt
 
+ADAPTED_TENSORS = "adapted.safetensors"
+
 
 def learn(plan: Plan, run: Run, cache: Path | None, report: Report) -> tuple[PromptFile | None, Mapping[str, Any]]:
-    """The prompt (None for a control) and the figures, which are put into the run folder, too.
+    """The prompt, None for a control, whose tensors stay in the run folder; and the figures, which go there, too.
 
     `cache` is the folder of dense models' states. Raises LearnError, RunError, ModelError; what the run folder holds
     is then intact, and the same plan goes on from it.
@@ -60,6 +64,10 @@ def learn(plan: Plan, run: Run, cache: Path | None, report: Report) -> tuple[Pro
             "digest": file.prompt.digest,
             "golden": asdict(file.provenance.golden) if file.provenance.golden else None,
         }
+    else:
+        tensors = {name: tensor.detach().float().cpu().contiguous() for name, tensor in learned.tensors.items()}
+        with saving(run.folder / ADAPTED_TENSORS):
+            write_file(run.folder / ADAPTED_TENSORS, lambda part: save_file(tensors, part))
     run.tell(**figures)
     return file, figures
 

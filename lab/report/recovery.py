@@ -12,7 +12,7 @@ from typing import Any
 from lab.evaluate.bootstrap import MARGIN, Estimate
 from lab.evaluate.recovery import LEAST_GAP
 from lab.report.claims import Claim, groups, prompted
-from lab.report.evidence import estimate
+from lab.report.evidence import Record, estimate
 from lab.report.page import GAP, Chart, Section, Table, megabytes, nats, number, share, short
 from lab.report.plots import Point, scatter
 from lab.report.sources import Sources
@@ -89,8 +89,8 @@ def plain_section(found: Sequence[Claim], sources: Sources) -> Section:
     return Section("Models without a prompt", (), (Table("By bytes", columns, list(seen.values()), (note,)),))
 
 
-def controls_section(found: Sequence[Claim], sources: Sources) -> Section:
-    """Prompts that nobody learned, on the same tokens."""
+def controls_section(found: Sequence[Claim], adapted: Sequence[Record], sources: Sources) -> Section:
+    """Prompts that nobody learned, on the same tokens; and what was learned in a prompt's place."""
     rows = []
     for claim in found:
         for name, told in dict(claim.told.get("conditions") or {}).items():
@@ -98,7 +98,22 @@ def controls_section(found: Sequence[Claim], sources: Sources) -> Section:
             where = [claim.level, claim.method, _prompt(claim), claim.data]
             rows.append([*where, name.replace("_", " "), perplexity, above, sources.cite(claim.record)])
     columns = ("level", "method", "prompt", "data", "in its place", "perplexity", "above the prompt's, nats", "source")
-    return Section("Controls", (INTERVALS,), (Table("The same tokens in other conditions", columns, rows),))
+    tables = (Table("The same tokens in other conditions", columns, rows), _in_place(adapted, sources))
+    return Section("Controls", (INTERVALS,), tables)
+
+
+def _in_place(adapted: Sequence[Record], sources: Sources) -> Table:
+    rows = []
+    for record in adapted:
+        told, recovery = record.figures, dict(record.figures.get("recovery") or {})
+        plain = dict(told.get("conditions") or {}).get("without_prompt") or {}
+        both = " / ".join(
+            number(each) for each in (told.get("dense_perplexity"), plain.get("perplexity"), told["perplexity"])
+        )
+        shares = [share(estimate(recovery.get(name))) for name in ("kl_share", "share")]
+        rows.append([str(told.get("level")), str(record.config["kind"]), *shares, both, sources.cite(record)])
+    columns = ("level", "learned", "(c) KL closed", "(a) gap closed", "perplexity dense / without / with", "source")
+    return Table("Learned in a prompt's place, from the same tokens", columns, rows)
 
 
 def tasks_section(found: Sequence[Claim], sources: Sources) -> Section:

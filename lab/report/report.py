@@ -26,7 +26,7 @@ def page_of(evidence: Evidence, original: tuple[str, int] | None = None) -> Page
         recovery_section(found, sources),
         plain_section(found, sources),
         sizes_section(evidence, found, original, sources),
-        controls_section(found, sources),
+        controls_section(found, evidence.of("control"), sources),
         transfer_section(evidence, sources),
         tasks_section(found, sources),
         learning_section(evidence, sources),

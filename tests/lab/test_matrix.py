@@ -83,7 +83,13 @@ def test_every_cell_is_carried_out_and_a_second_call_does_nothing(command, table
     assert {each["state"] for each in cells.values()} == {"finished"}
     assert cells["w3g64.rows.small.letters.0"]["dense"] is not None
     assert set(cells["w3g64.rows.small.letters.0"]) >= {"perplexity", "without", "share", "kl_share", "pages.jsonl"}
-    assert "perplexity" not in cells["w4g64-s50.norms.small.letters.0"]  # a control leaves figures alone
+    control = cells["w4g64-s50.norms.small.letters.0"]  # leaves figures alone, of the very same kind
+    assert control["without"] == pytest.approx(cells["w4g64-s50.kv.small.letters.0"]["without"])
+    assert control["perplexity"] != control["without"]
+    assert control["kl_share"] is not None
+    page = tmp_path / "page"
+    assert command("report", root, "--out", page).exit_code == 0
+    assert "| w4g64-s50 | norms |" in (page / "results.md").read_text()
     report = json.loads((root / "cells" / "w3g64.rows.small.letters.0" / "report" / "config.json").read_text())
     twin = json.loads((root / "cells" / "dense.rows.small.letters.0" / "learn" / "figures.json").read_text())
     assert report["config"]["equal"] == twin["digest"]
@@ -218,7 +224,8 @@ def test_the_table_that_comes_with_it_holds():
 
     found = read_table(files("lab").joinpath("matrices", "smollm2.toml"))
     names = [cell.name for cell in found.cells]
-    assert {f"w4g64-s50.{kind}.default.general.{seed}" for kind in ("rows", "kv") for seed in range(3)} <= set(names)
+    best = {"rows": "default", "kv": "fine"}
+    assert {f"w4g64-s50.{kind}.{best[kind]}.general.{seed}" for kind in best for seed in range(3)} <= set(names)
     assert {cell.twin for cell in found.cells if cell.kind in ("rows", "kv") and cell.seed == 0} - set(names) <= {
         "dense.rows.text.general.0",
         "dense.kv.text.general.0",
