@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from math import inf
@@ -20,6 +20,7 @@ from cli.options import Config, takes_settings
 from cli.output import AsJson, CommandError, Steps, say, tell_json
 
 if TYPE_CHECKING:
+    from lab.data.documents import Document
     from lab.data.windows import Windows
     from lab.evaluate.conditions import Dense as DenseScores
     from llama.load import LoadedModel
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 PANELS = {"Model": ("level", "dtype", "device", "base"), "Prompt": ("store", "blobs", "resolution")}
+PARTS = ("all", "report", "select")
 PATIENCE = 2.0  # seconds before anyone wants to see a bar
 SEEDING_KV = 1 << 26  # bytes of the engine that tests a prompt of the registry
 
@@ -39,6 +41,9 @@ Prompt = Annotated[
     ),
 ]
 Text = Annotated[str | None, typer.Option("--text", metavar="FILE", help="Text or JSON lines, folder, or a name: c4.")]
+Part = Annotated[
+    str, typer.Option("--part", metavar="NAME", help="all of it, or what learn never sees: report, select.")
+]
 Window = Annotated[int, typer.Option("--window", min=2, help="Text tokens that are scored together.")]
 Dense = Annotated[
     str | None, typer.Option("--dense", metavar="MODEL", help="The dense model: KL, agreement, recovery.")
@@ -59,6 +64,7 @@ def evaluate(
     model: Model,
     prompt: Prompt = None,
     text: Text = None,
+    part: Part = "all",
     window: Window = 512,
     dense: Dense = None,
     dense_prompt: DensePrompt = None,
@@ -79,13 +85,16 @@ def evaluate(
         ("--controls", controls, prompt, "--prompt"),
         ("--dense-prompt", dense_prompt, prompt and dense, "--prompt and --dense"),
         ("--dense", dense, text, "--text"),
+        ("--part", part != "all", text, "--text"),
     ):
         if value and not needed:
             raise CommandError(f"{name} is of use with {why} only", usage=True)
+    if part not in PARTS:
+        raise CommandError(f"--part is {part!r}; it is one of {', '.join(PARTS)}", usage=True)
     from server.settings import load_settings
 
     settings = load_settings(config, model=model, **flags)
-    asked = _Asked(prompt, text, window, dense, dense_prompt, controls, tasks, task_items, data_root, cache, seed)
+    asked = _Asked(prompt, text, part, window, dense, dense_prompt, controls, tasks, task_items, data_root, cache, seed)
     started = time.monotonic()
     with patient_progress() as steps:
         told = _evaluate(settings, asked, steps)
@@ -103,6 +112,7 @@ class _Asked:
 
     prompt: str | None
     text: str | None
+    part: str
     window: int
     dense: str | None
     dense_prompt: Path | None
@@ -220,6 +230,7 @@ def _text(
     """All conditions on the text."""
     from lab.data.documents import digest
     from lab.data.named import documents
+    from lab.data.splits import split
     from lab.data.windows import cut
     from lab.evaluate.conditions import conditions
     from lab.evaluate.score import NotFiniteLoss
@@ -231,10 +242,13 @@ def _text(
         raise CommandError(
             f"--window {asked.window}: with {soft} soft tokens the context of {most} is too short for it"
         )
-    texts = documents(asked.text, asked.root)
+    texts: Sequence[Document] = documents(asked.text, asked.root)
+    if asked.part != "all":
+        texts = split(texts, asked.part).parts[asked.part]  # type: ignore[arg-type, index]
     windows = cut(texts, tokenizer, asked.window, bos=prompt.bos if prompt else None)
     told: dict[str, Any] = {
         "text": {"source": asked.text, "digest": digest(texts), "documents": len(texts), "left_out": windows.left_out},
+        "split": asked.part,
         "window": asked.window,
         "windows": len(windows),
     }

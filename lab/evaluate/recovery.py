@@ -4,6 +4,8 @@
     (b) net share   the same, less what an equal prompt gives the dense model: recovery apart from adapting to a domain
     (c) KL share    of KL(dense ‖ ·) closed, and top-1 agreement, which adapting cannot inflate: the headline
 
+Of a task, besides, what is kept of the gain that an equal prompt brings the dense model.
+
 Where a gap is small or its interval touches 0 there is no percentage, only nats and a test of non-inferiority. Pure
 functions of losses; knows no model.
 """
@@ -37,6 +39,12 @@ def kl_closed(compressed: Floats, prompted: Floats) -> Floats:
     return 1 - prompted / compressed
 
 
+def gain_kept(dense: Floats, prompted: Floats, dense_prompted: Floats) -> Floats:
+    """1 where the compressed model with its prompt is as good as the dense one with its own, 0 where as the dense one
+    without."""
+    return (dense - prompted) / (dense - dense_prompted)
+
+
 @dataclass(frozen=True)
 class Recovery:
     """Means in nats a token, with intervals. Shares are None where their gap is too small, or nothing tells them."""
@@ -47,6 +55,7 @@ class Recovery:
     not_inferior: bool | None
     share: Estimate | None
     net_share: Estimate | None
+    kept: Estimate | None
     kl: Estimate | None  # of the compressed model
     kl_prompted: Estimate | None
     kl_share: Estimate | None
@@ -72,6 +81,7 @@ def recovery(
     gap = estimate(losses, lambda m: m[1] - m[0], seed=seed)
     excess = estimate(losses, lambda m: m[2] - m[0], seed=seed)
     told = _worth_sharing(gap)
+    taught = dense_prompted and _worth_sharing(estimate(losses, lambda m: m[0] - m[3], seed=seed))
     kl = _both(compressed.kl, prompted.kl, dense, seed)
     top1 = _both(compressed.agrees, prompted.agrees, dense, seed)
     return Recovery(
@@ -85,6 +95,7 @@ def recovery(
             if told and dense_prompted
             else None
         ),
+        kept=estimate(losses, lambda m: gain_kept(m[0], m[2], m[3]), seed=seed) if taught else None,
         kl=kl[0],
         kl_prompted=kl[1],
         kl_share=_kl_share(compressed, prompted, seed) if kl[0] and _worth_sharing(kl[0]) else None,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.evaluate.bootstrap import Estimate
-from lab.report.evidence import Evidence, Record, estimate
+from lab.report.evidence import WHOLE, Evidence, Record, estimate
 from lab.report.page import GAP
 
 
@@ -54,7 +54,8 @@ class Claim:
     @property
     def data(self) -> str:
         text = self.told.get("text")
-        return Path(str(text.get("source"))).name if isinstance(text, Mapping) else "unnamed"
+        name = Path(str(text.get("source"))).name if isinstance(text, Mapping) else "unnamed"
+        return f"{name}, all of it" if self.told.get("split", WHOLE) == WHOLE else name
 
     @property
     def data_digest(self) -> str | None:

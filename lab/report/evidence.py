@@ -24,6 +24,7 @@ from prompts_store.records import Measurement, Version
 from prompts_store.store import PromptStore
 
 REPORTED = "report"  # the one split that is shown
+WHOLE = "all"  # of a text that was evaluated as it is: what was learned from may be in it, and tables say so
 # The figure that is there once a run of the command has come to its end.
 LAST = MappingProxyType({"compress": "weights", "learn": "best", "evaluate": "nll_sum", "transfer": "cells"})
 
@@ -101,7 +102,7 @@ def _records(file: Path, name: str) -> Iterator[Record]:
     found = _object(file)
     if file.name == CONFIG and found.keys() >= {"digest", "config", "seed"}:
         yield _run(file.parent, name, found)
-    elif found.get("split", REPORTED) == REPORTED and {"nll_sum", "weights", "windows"} <= found.keys():
+    elif found.get("split", WHOLE) in (REPORTED, WHOLE) and {"nll_sum", "weights", "windows"} <= found.keys():
         asked = {"command": "evaluate"}
         yield Record(name, _asked(found), None, None, asked, found, {})
 

@@ -129,7 +129,34 @@ def tasks_section(found: Sequence[Claim], sources: Sources) -> Section:
         *("level", "method", "prompt", "task", "items", "accuracy", "normalised", "floor"),
         *("items' digest", "source"),
     )
-    return Section("Tasks", (), (Table("Zero-shot accuracy", columns, rows),))
+    return Section("Tasks", (), (_kept(found, sources), Table("Zero-shot accuracy", columns, rows)))
+
+
+def _kept(found: Sequence[Claim], sources: Sources) -> Table:
+    rows = []
+    for claim in prompted(found):
+        if (kept := claim.measure("kept")) is None or claim.learned is None:
+            continue
+        names = ("dense_perplexity", "dense_prompted_perplexity", "perplexity")
+        perplexities = " / ".join(number(claim.told.get(name)) for name in names)
+        task = str(claim.learned.figures.get("task") or "-")
+        rows.append(
+            [
+                claim.level,
+                claim.method,
+                _prompt(claim),
+                task,
+                claim.data,
+                share(kept),
+                perplexities,
+                sources.cite(claim.record),
+            ]
+        )
+    columns = ("level", "method", "prompt", "task", "data", "kept", "perplexity dense / with its own / ours", "source")
+    note = (
+        "Of what an equal prompt gains on the dense model, in nats; where that is less than can be told, no row stands."
+    )
+    return Table("What compressed + prompt keeps of the gain of dense + prompt", columns, rows, (note,))
 
 
 def _rows(group: Sequence[Claim], sources: Sources) -> list[list[str]]:

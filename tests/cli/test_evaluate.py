@@ -13,6 +13,9 @@ from support.served import prompt_bytes
 from support.tiny import kv, rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lab.data.documents import digest
+from lab.data.named import documents
+from lab.data.splits import split
 from lab.evaluate.score import NotFiniteLoss
 from llama.load import info
 from prompts_store.file import PromptFile, Provenance, read_prompt, write_prompt
@@ -60,6 +63,17 @@ def plain_loop(folder, prompt=None, bos=()):
         total += float(F.cross_entropy(logits, window[-WINDOW + 1 :], reduction="sum"))
         count += WINDOW - 1
     return total, count
+
+
+def test_a_part_of_the_text_is_what_learning_never_sees(answer, model, tmp_path):
+    pages = tmp_path / "pages.jsonl"
+    pages.write_text("".join(json.dumps({"text": f"{i} {WORDS[i:]}"}) + "\n" for i in range(0, 600, 10)))
+    told = {part: answer("evaluate", model, "--text", pages, "--part", part) for part in ("all", "report", "select")}
+    assert [told[part]["split"] for part in told] == list(told)
+    reported = split(documents(str(pages))).parts["report"]
+    assert told["report"]["text"]["documents"] == len(reported)
+    assert told["report"]["text"]["digest"] == digest(reported)
+    assert told["all"]["text"]["documents"] == 60
 
 
 @pytest.mark.parametrize(("kind", "bos"), [(None, None), ("rows", "none"), ("kv", "none"), ("rows", "after_prompt")])

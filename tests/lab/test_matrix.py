@@ -229,6 +229,8 @@ def test_the_table_that_comes_with_it_holds():
     assert {cell.twin for cell in found.cells if cell.kind in ("rows", "kv") and cell.seed == 0} - set(names) <= {
         "dense.rows.text.general.0",
         "dense.kv.text.general.0",
+        "dense.rows.n32.general.0",
+        "dense.rows.bytes.general.0",
     }
     assert all(cell.recipe.distil == 0 for cell in found.cells if cell.level == "dense")
     assert names[:2] == ["dense.kv.default.general.0", "w3g64.kv.default.general.0"]

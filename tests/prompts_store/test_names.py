@@ -54,7 +54,7 @@ def test_a_name_that_nests_is_refused_in_linear_time():
     [
         ("dense", 16.0), ("int8", 8.0), ("nf4", 4.5), ("w4g128", 4.125), ("w3g64", 3.25), ("w2g16", 3.0), ("w8", 8.0),
         ("s50", 8.0), ("s2of4", 8.0), ("s90", 1.6), ("w4g128-s50", 2.0625), ("w4g128-s2of4", 2.0625), ("nf4-s50", 2.25),
-        ("int8-s25", 6.0), ("w4-s1", 3.96),
+        ("int8-s25", 6.0), ("w4-s1", 3.96), ("s4of8", 8.0), ("w3-s4of8", 1.5), ("s1of4", 4.0),
     ],
 )  # fmt: skip
 def test_canonical_levels_and_their_bits(name, bits):
@@ -84,7 +84,7 @@ def test_other_spellings_are_refused_with_the_canonical_one(name, canonical):
 @pytest.mark.parametrize(
     "name",
     ["", "-", "q4", "w9g128", "w1", "w4g0", "w4g", "s100", "s-1", "s50-s60", "nf4-int8", "w4g128-", "w4 g128", "w" * 99,
-     "s50\n", "w4g128-s50-x", "s٥٠"],
+     "s4of4", "s3of6", "s50\n", "w4g128-s50-x", "s٥٠"],
 )  # fmt: skip
 def test_what_is_no_level(name):
     with pytest.raises(BadLevel) as refused:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 from support.checkpoints import logits, model, save
 from transformers import AutoModelForCausalLM
 
+import lab.compress.compress
 import lab.compress.folder
 from lab.compress.block import DenseBlock, Walk
 from lab.compress.compress import Order, compress, linear_weights, paper_bytes, planned
@@ -154,6 +156,23 @@ def test_a_killed_run_goes_on_to_the_same_bytes(compressed, monkeypatch, level, 
     broken = whole.with_name("broken")
     assert not broken.exists()
     assert same_bytes(whole, compressed(level, "broken", export="dense"))
+
+
+def test_a_run_that_was_killed_after_its_folder_got_its_name_tells_its_sizes(compressed, monkeypatch):
+    """It was refused ever after: the folder is there already."""
+    whole = compressed("w4g64", "whole")
+    with monkeypatch.context() as patch:
+        patch.setattr(lab.compress.compress, "load", lambda *_a, **_k: (_ for _ in ()).throw(Killed))
+        with pytest.raises(Killed):
+            compressed("w4g64", "broken")
+    broken = whole.with_name("broken")
+    assert broken.exists()
+    monkeypatch.setattr(lab.compress.compress, "_solve", lambda *_a: pytest.fail("it was solved again"))
+    assert same_bytes(whole, compressed("w4g64", "broken"))
+    monkeypatch.undo()
+    shutil.rmtree(broken.with_name("broken.run"))  # then it is somebody else's
+    with pytest.raises(ModelError, match="not empty"):
+        compressed("w4g64", "broken")
 
 
 def same_bytes(one: Path, other: Path) -> bool:

@@ -26,6 +26,15 @@ def file(tmp_path):
     return write
 
 
+def test_half_a_character_is_refused_with_its_place(file):
+    with pytest.raises(DataError, match=r"a.jsonl:2: text holds half a character \(\\ud83d\) at 1"):
+        read(file("a.jsonl", '{"text": "whole"}\n{"text": "a\\ud83d"}\n'))
+
+
+def test_suffixes_are_read_in_any_case(file):
+    assert [each.text for each in read(file("a.JSONL", '{"text": "one"}\n'))] == ["one"]
+
+
 def test_plain_text_is_one_document(file):
     assert read(file("a.txt", "\ufeffone\n\ntwo\r\n")) == [Document("a.txt", text="one\n\ntwo\r\n")]
 

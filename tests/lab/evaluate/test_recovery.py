@@ -35,6 +35,7 @@ def test_the_three_measures():
     assert found.gain.value == pytest.approx(0.75, abs=1e-5)
     assert found.share.value == pytest.approx(0.75, abs=1e-5)
     assert found.net_share.value == pytest.approx(1 - 0.35, abs=1e-5)
+    assert found.kept.value == pytest.approx(-2.5, abs=1e-4)
     assert found.kl_share.value == pytest.approx(0.75, abs=0.01)
     assert (found.top1.value, found.top1_prompted.value) == pytest.approx((0.5, 0.7))
     assert found.not_inferior is False

@@ -120,6 +120,9 @@ def test_what_cannot_be_is_said_in_one_line(dense, pages, tmp_path):
 
     assert "context has 128; lower positions or window" in said("--set", "positions=105")
     assert "init is 'nonsense': neither first, random" in said("--init", "nonsense")
+    assert "is no task name" in said("--task", "BoolQ")
+    assert "cannot be cut into groups of 64; choose a group" in said("--level", "w3g64")
+    assert not (tmp_path / "run").exists()
     assert "nothing is to be learned from itself" in said("--level", "dense")
     assert "--kind is 'vera'" in said("--kind", "vera")
     assert "one of default, paper" in said("--recipe", "none")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support.tiny import rows
@@ -64,6 +66,13 @@ def test_no_pair_and_no_gain_give_no_share():
     lost = transfer_ratio([cell("w3", "w3", -0.1), cell("w4", "w3", 0.1)])
     assert (lost.share, lost.pairs) == (None, 1)
     assert lost.told()["value"] is None
+
+
+def test_a_native_gain_that_may_be_chance_gives_no_share():
+    sure, unsure = cell("w3", "w3", 0.1), cell("w3", "w3", 0.1)
+    unsure = replace(unsure, behind=unsure.behind + torch.tensor([9.0, -9.0] * 3, dtype=torch.float64))
+    assert transfer_ratio([sure, cell("w4", "w3", 0.1)]).share is not None
+    assert transfer_ratio([unsure, cell("w4", "w3", 0.1)]).share is None
 
 
 def test_the_verdict_ranks_as_resolution_does_and_tells_by_how_much():
