@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from math import inf
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +18,7 @@ import typer
 
 from cli.options import Config, takes_settings
 from cli.output import AsJson, CommandError, Steps, say, tell_json
+from cli.subject import find_prompt, prompt_from_file, told_of
 
 if TYPE_CHECKING:
     from lab.data.documents import Document
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 PANELS = {"Model": ("level", "dtype", "device", "base"), "Prompt": ("store", "blobs", "resolution")}
 PARTS = ("all", "report", "select")
 PATIENCE = 2.0  # seconds before anyone wants to see a bar
-SEEDING_KV = 1 << 26  # bytes of the engine that tests a prompt of the registry
 
 Model = Annotated[str, typer.Argument(help="Checkpoint folder, or a name that was pulled.")]
 Prompt = Annotated[
@@ -56,6 +56,9 @@ Tasks = Annotated[str | None, typer.Option("--tasks", metavar="NAMES", help="lm-
 Items = Annotated[int, typer.Option("--task-items", min=1, help="Items of each task.")]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", metavar="DIR", help="Where names are looked up first.")]
 Cache = Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="Keep dense states and scores here.")]
+RunFolder = Annotated[
+    Path | None, typer.Option("--run", metavar="DIR", help="Keep a run folder; one that was cut short goes on.")
+]
 Seed = Annotated[int, typer.Option("--seed", help="Of the resamples.")]
 
 
@@ -73,6 +76,7 @@ def evaluate(
     task_items: Items = 1000,
     data_root: DataRoot = None,
     cache: Cache = None,
+    run: RunFolder = None,
     seed: Seed = 0,
     config: Config = None,
     as_json: AsJson = False,
@@ -94,11 +98,10 @@ def evaluate(
     from server.settings import load_settings
 
     settings = load_settings(config, model=model, **flags)
-    asked = _Asked(prompt, text, part, window, dense, dense_prompt, controls, tasks, task_items, data_root, cache, seed)
-    started = time.monotonic()
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    asked = _Asked(prompt, text, part, window, dense, dense_prompt, controls, names, task_items, data_root, cache, seed)
     with patient_progress() as steps:
-        told = _evaluate(settings, asked, steps)
-    told["seconds"] = round(time.monotonic() - started, 1)
+        told = _evaluate(settings, asked, run, steps)
     if as_json:
         return tell_json(told)
     for name, value in _lines(told):
@@ -117,134 +120,94 @@ class _Asked:
     dense: str | None
     dense_prompt: Path | None
     controls: bool
-    tasks: str | None
+    tasks: tuple[str, ...]
     items: int
     root: Path | None
     cache: Path | None
     seed: int
 
 
-def _evaluate(settings: Settings, asked: _Asked, steps: Steps) -> dict[str, Any]:
+def _evaluate(settings: Settings, asked: _Asked, folder: Path | None, steps: Steps) -> dict[str, Any]:
+    """The figures, from the run folder as far as they are there already."""
     from cli.model import to_serve
+    from lab.run import open_run
     from llama.load import load
     from llama.tokenizer import HubTokenizer
 
+    started = time.monotonic()
     chosen, identity = to_serve(settings, steps)
-    folder = Path(chosen.model)
+    model = Path(chosen.model)
     loaded = load(
-        folder, level=chosen.level, dtype=chosen.dtype, device=chosen.device, identity=identity, progress=steps
+        model, level=chosen.level, dtype=chosen.dtype, device=chosen.device, identity=identity, progress=steps
     )
-    tokenizer = HubTokenizer(folder)
-    prompt, found = _prompt(asked.prompt, loaded, tokenizer, chosen)
-    told = _identity(loaded, chosen, prompt, found)
-    if asked.text is not None:
-        told |= _text(asked, loaded, tokenizer, prompt, steps)
-    if asked.tasks is not None:
-        told["tasks"] = _tasks(asked, loaded, tokenizer, prompt, steps)
-    return told
+    tokenizer = HubTokenizer(model)
+    prompt, found = find_prompt(asked.prompt, loaded, tokenizer, chosen)
+    told = told_of(loaded, chosen, prompt, found)
+    texts = _documents(asked) if asked.text else None
+    with nullcontext() if folder is None else open_run(folder, _record(asked, told, texts), asked.seed) as run:
+        kept = run.figures if run else {}
+        if "seconds" in kept:
+            return dict(kept)
+        cache = asked.cache or (run.folder / "cache" if run else None)
+        if texts is not None:
+            told |= _text(replace(asked, cache=cache), texts, loaded, tokenizer, prompt, steps)
+        for name in asked.tasks:
+            done = kept.get("tasks", {}).get(name) or _task(name, asked, loaded, tokenizer, prompt, steps)
+            told["tasks"] = {**told.get("tasks", {}), name: done}
+            if run:
+                run.tell(tasks=told["tasks"])
+        told["seconds"] = round(time.monotonic() - started, 1)
+        if run:
+            run.tell(**told)
+        return told
 
 
-def _identity(
-    loaded: LoadedModel, chosen: Settings, prompt: SoftPrompt | None, found: Mapping[str, Any] | None
-) -> dict[str, Any]:
-    told = loaded.identity
+def _record(asked: _Asked, told: Mapping[str, Any], texts: Sequence[Document] | None) -> dict[str, Any]:
+    """All that the outcome depends on, for the run folder."""
+    from cli.model import find_model
+    from lab.data.documents import digest
+    from llama.identity import identify
+
+    equal = asked.dense_prompt
     return {
-        "model": told.name,
-        "level": told.level,
-        "method": "while loading" if chosen.level else None,
-        "base": told.base,
-        "weights": told.weights,
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "device": str(loaded.model.device),
-        "bytes": loaded.resident_bytes,
-        "disk_bytes": loaded.disk_bytes,
-        "prompt_digest": prompt and prompt.digest,
-        "prompt": found,
+        "command": "evaluate",
+        **{name: told[name] for name in ("base", "level", "weights", "dtype", "prompt_digest")},
+        **{name: getattr(asked, name) for name in ("part", "window", "controls", "tasks", "items")},
+        "text": texts and digest(texts),
+        "dense": identify(find_model(asked.dense)).weights if asked.dense else None,
+        "equal": sha256(equal.read_bytes()).hexdigest() if equal else None,
     }
 
 
-def _prompt(
-    name: str | None, loaded: LoadedModel, tokenizer: HubTokenizer, chosen: Settings
-) -> tuple[SoftPrompt | None, dict[str, Any] | None]:
-    """The prompt in a file, or that a reference resolves to as a server would, and what is told of it."""
-    from engine.stitch import mismatch
+def _documents(asked: _Asked) -> Sequence[Document]:
+    from lab.data.named import documents
+    from lab.data.splits import split
 
-    if name is None:
-        return None, None
-    if (path := Path(name).expanduser()).exists():
-        prompt: SoftPrompt | None = _from_file(path, loaded)
-        found: dict[str, Any] = {"file": name}
-    else:
-        prompt, found = _from_store(name, loaded, tokenizer, chosen)
-    if prompt is None:
-        raise CommandError(f"--prompt: the store resolves {name} to no prompt (--resolution {chosen.resolution})")
-    most = loaded.model.config.max_len
-    if wrong := mismatch(prompt, loaded.model, loaded.identity.base, most, inf):
-        raise CommandError(f"--prompt {name}: {wrong[1]}")
-    told = {"kind": prompt.kind, "num_virtual_tokens": prompt.num_virtual_tokens, "bos": prompt.bos}
-    return prompt, {**found, **told, "same_chat_template": prompt.chat_template == tokenizer.chat_template_digest}
-
-
-def _from_file(path: Path, loaded: LoadedModel) -> SoftPrompt:
-    from prompts_store.file import Limits, read_prompt
-
-    if path.is_dir():
-        raise CommandError(f"{path} is a folder; an adapter becomes a prompt by `promptstitch prompts import-peft`")
-    base, config = loaded.identity.base, loaded.model.config
-    limits = Limits(
-        base=base,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-    )
-    return read_prompt(path, limits, default_base=base).prompt
-
-
-def _from_store(
-    name: str, loaded: LoadedModel, tokenizer: HubTokenizer, chosen: Settings
-) -> tuple[SoftPrompt | None, dict[str, Any]]:
-    """By the rules and with the self-test of a server over this model."""
-    from cli.answer import find_stitch
-    from cli.local import open_store
-    from engine.engine import LocalEngine, ServedModel
-    from engine.options import EngineOptions
-    from prompts_store.reference import parse_reference
-    from prompts_store.resolution import Query
-
-    query, told = Query(parse_reference(name), chosen.resolution), loaded.identity
-    served = ServedModel(told.name, told.base, told.level, told.weights, loaded.resident_bytes)
-    size = EngineOptions(kv_bytes=SEEDING_KV, max_virtual_tokens=loaded.model.config.max_len)
-    with open_store(chosen) as store:
-        engine = LocalEngine(loaded.model, tokenizer, served, size)
-        try:
-            stitch = find_stitch(store, query, engine, chosen, None)
-            return (stitch.prompt, stitch.told(engine.info)) if stitch else (None, {})
-        finally:
-            engine.close()
+    assert asked.text is not None
+    found = documents(asked.text, asked.root)
+    return found if asked.part == "all" else split(found, asked.part).parts[asked.part]  # type: ignore[arg-type, index]
 
 
 def _text(
-    asked: _Asked, loaded: LoadedModel, tokenizer: HubTokenizer, prompt: SoftPrompt | None, steps: Steps
+    asked: _Asked,
+    texts: Sequence[Document],
+    loaded: LoadedModel,
+    tokenizer: HubTokenizer,
+    prompt: SoftPrompt | None,
+    steps: Steps,
 ) -> dict[str, Any]:
     """All conditions on the text."""
     from lab.data.documents import digest
-    from lab.data.named import documents
-    from lab.data.splits import split
     from lab.data.windows import cut
     from lab.evaluate.conditions import conditions
     from lab.evaluate.score import NotFiniteLoss
     from lab.evaluate.scorer import Scorer
 
-    assert asked.text is not None
     soft, most = prompt.num_virtual_tokens if prompt else 0, loaded.model.config.max_len
     if soft + asked.window >= most:
         raise CommandError(
             f"--window {asked.window}: with {soft} soft tokens the context of {most} is too short for it"
         )
-    texts: Sequence[Document] = documents(asked.text, asked.root)
-    if asked.part != "all":
-        texts = split(texts, asked.part).parts[asked.part]  # type: ignore[arg-type, index]
     windows = cut(texts, tokenizer, asked.window, bos=prompt.bos if prompt else None)
     told: dict[str, Any] = {
         "text": {"source": asked.text, "digest": digest(texts), "documents": len(texts), "left_out": windows.left_out},
@@ -276,14 +239,14 @@ def _dense(
     told = dense.identity
     if told.base != loaded.identity.base:
         raise CommandError(f"--dense {asked.dense} is of base {told.base}, the model of base {loaded.identity.base}")
-    equal = _from_file(asked.dense_prompt, dense) if asked.dense_prompt else None
+    equal = prompt_from_file(asked.dense_prompt, dense) if asked.dense_prompt else None
     same = prompt if asked.controls else None
     found = of_dense(dense, windows, steps, cache=asked.cache, equal=equal, same=same)
     return found, {"dense": {"model": told.name, "level": told.level, "weights": told.weights}}
 
 
-def _tasks(
-    asked: _Asked, loaded: LoadedModel, tokenizer: HubTokenizer, prompt: SoftPrompt | None, steps: Steps
+def _task(
+    name: str, asked: _Asked, loaded: LoadedModel, tokenizer: HubTokenizer, prompt: SoftPrompt | None, steps: Steps
 ) -> dict[str, Any]:
     try:
         from lab.evaluate.harness import PromptedLM
@@ -292,12 +255,9 @@ def _tasks(
         raise CommandError(f"--tasks needs lm-eval ({error}): pip install 'promptstitch[lab]'") from error
     from lab.data.named import root_of
 
-    assert asked.tasks is not None
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    names = [name.strip() for name in asked.tasks.split(",") if name.strip()]
     lm = PromptedLM(loaded, tokenizer, prompt, steps)
-    found = run_tasks(lm, names, root_of(asked.root), items=asked.items)
-    return {name: result.told() for name, result in found.items()}
+    return dict(run_tasks(lm, [name], root_of(asked.root), items=asked.items)[name].told())
 
 
 def _lines(told: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, str]]:

@@ -13,6 +13,7 @@ from support.served import prompt_bytes
 from support.tiny import kv, rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lab.evaluate.scorer
 from lab.data.documents import digest
 from lab.data.named import documents
 from lab.data.splits import split
@@ -74,6 +75,30 @@ def test_a_part_of_the_text_is_what_learning_never_sees(answer, model, tmp_path)
     assert told["report"]["text"]["documents"] == len(reported)
     assert told["report"]["text"]["digest"] == digest(reported)
     assert told["all"]["text"]["documents"] == 60
+
+
+def test_a_run_that_was_cut_short_goes_on_and_a_finished_one_answers(answer, model, text, soft, tmp_path, monkeypatch):
+    asked = ("evaluate", model, "--text", text, "--window", WINDOW, "--prompt", soft(), "--run", tmp_path / "run")
+    whole, calls = lab.evaluate.scorer.score, []
+
+    def dying(*args, **options):
+        calls.append(args)
+        if len(calls) == 2:
+            raise NotFiniteLoss("killed")
+        return whole(*args, **options)
+
+    monkeypatch.setattr(lab.evaluate.scorer, "score", dying)
+    with pytest.raises(AssertionError):
+        answer(*asked)
+    told = answer(*asked)
+    assert len(calls) == 3  # what was scored once is not scored again
+    assert answer(*asked) == told
+    assert len(calls) == 3
+    monkeypatch.undo()
+    fresh = answer(*asked[:-2])
+    assert {**fresh, "seconds": 0} == {**told, "seconds": 0}
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert (config["command"], config["weights"]) == ("evaluate", told["weights"])
 
 
 @pytest.mark.parametrize(("kind", "bos"), [(None, None), ("rows", "none"), ("kv", "none"), ("rows", "after_prompt")])
