@@ -83,14 +83,9 @@ def recover(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Compress, learn a prompt, measure it on data that it has not seen, and push it with its measurements.
-
-    The budget is for learning; what compressing and measuring take on top is told at the start. A command that was cut
-    short goes on where it stopped. The alias `default` moves to the prompt only if its gain is more than chance.
-    """
+    """Compress, learn, measure on unseen data, push with the measurements. A command that was cut short goes on."""
     from cli.model import find_model
     from lab.recover import Order
-    from prompts_store.reference import check_task
     from server.settings import load_settings
 
     _check(kind, bos)
@@ -98,12 +93,12 @@ def recover(
     order = Order(
         model=find_model(model),
         level=level,
-        task=check_task(task),
+        task=task,
         kind=kind,  # type: ignore[arg-type]
         recipe=told,
         budget=length,
         method=method,
-        dense=None if dense is None else find_model(dense),
+        dense=find_model(dense) if dense else None,
         calibration=calibration_tokens,
         windows=windows,
         bos=bos,  # type: ignore[arg-type]
@@ -115,8 +110,7 @@ def recover(
         embedding=embedding,
     )
     settings = load_settings(config, store=store)
-    figures = _run(order, data, data_root, run, out, cache, settings, store, as_json)
-    return tell_json(figures) if as_json else _show(figures)
+    (tell_json if as_json else _show)(_run(order, data, data_root, run, out, cache, settings, store, as_json))
 
 
 def _check(kind: str, bos: str) -> None:
@@ -153,10 +147,11 @@ def _run(
     from cli.local import open_store
     from lab.data.named import documents
     from lab.data.splits import record, split
+    from lab.outlook import estimates
     from lab.progress import progress
     from lab.prove import measurement
     from lab.publish import publish
-    from lab.recover import Places, estimates, planned, recover
+    from lab.recover import Places, planned, recover
     from lab.run import open_run
     from lab.whole import Whole
 

@@ -26,9 +26,10 @@ from lab.errors import RunError
 from lab.estimate import Speeds, memory, speeds
 from lab.learn.budget import Budget
 from lab.learn.compute import choose_compute
+from lab.outlook import estimates
 from lab.progress import Report
 from lab.prove import Material, prove
-from lab.recover import PROMPT, Order, Places, Plan, compress, estimates, planned, recover, subject
+from lab.recover import PROMPT, Order, Places, Plan, compress, planned, recover, subject
 from lab.run import open_run
 from lab.table import DENSE, Cell, Table, TableError
 from lab.transfer.samples import parts, sample

@@ -16,18 +16,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lab.compress import compress as solver
 from lab.compress.job import Tokens
 from lab.data.documents import DataError, Document
 from lab.data.splits import Splits
 from lab.data.windows import cut
 from lab.disk import write_bytes
-from lab.estimate import speeds
 from lab.evaluate.controls import Choice
-from lab.learn.budget import Budget, steps_of
-from lab.learn.compute import choose_compute
+from lab.learn.budget import Budget
 from lab.learn.learn import ADAPTED_TENSORS, learn
 from lab.learn.order import Order as LearnOrder
 from lab.learn.order import Plan as LearnPlan
@@ -41,7 +37,7 @@ from lab.whole import Whole
 from llama.errors import ModelError
 from llama.formats import LOAD_LEVELS
 from llama.identity import identify
-from llama.load import choose_dtype, info
+from llama.load import info
 from llama.manifest import Manifest
 from llama.shards import read_json
 from llama.tokenizer import HubTokenizer
@@ -50,7 +46,6 @@ from prompts_store.prompt import Bos, SoftPrompt
 
 PROMPT = "prompt.safetensors"
 CALIBRATION_WINDOW = 256
-LOADING = 15.0  # seconds that a step spends on loading models, as an estimate
 
 
 @dataclass(frozen=True)
@@ -229,33 +224,6 @@ def _choice(plan: Plan) -> Choice:
     order, recipe, chosen = plan.order, plan.order.recipe, plan.materials["select"].sample
     texts = cut(plan.splits.parts["learn"], HubTokenizer(order.model), recipe.window)
     return Choice(texts, chosen.rows(0, min(len(chosen), recipe.select_windows), order.bos))
-
-
-def estimates(plan: Plan) -> dict[str, float]:
-    """Seconds of each step, in order, from the speed of products on this machine; finished steps take none."""
-    order, places = plan.order, plan.places
-    told = info(order.model)
-    device = torch.device("cuda" if torch.cuda.is_available() and order.device != "cpu" else "cpu")
-    dtype = str(choose_dtype(order.dtype, device)).removeprefix("torch.")
-    speed = speeds(told.config, device, choose_compute(order.compute, device), dtype)
-    found: dict[str, float] = {}
-    if plan.solve:
-        found["compress"] = 0.0 if places.checkpoint.exists() else LOADING + 3 * order.calibration / speed.scoring
-    budget = order.budget
-    tokens = budget.amount if budget.unit == "tokens" else budget.amount * order.recipe.batch * order.recipe.window
-    if budget.unit == "seconds":
-        tokens, seconds = budget.amount * speed.learning, budget.amount
-    else:
-        if plan.learning is not None:
-            tokens = steps_of(budget, plan.learning.learn, order.recipe) * order.recipe.batch * order.recipe.window
-        seconds = tokens / speed.learning
-    taught = tokens / speed.scoring if order.recipe.distil else 0.0
-    found["learn"] = 0.0 if (places.run / "learn" / PROMPT).exists() else 3 * LOADING + seconds + taught
-    for split, passes in (("select", 2), ("report", 5)):
-        done = (places.run / split / FIGURES).exists()
-        scored = plan.materials["select" if split == "select" else "report"].sample
-        found[split] = 0.0 if done else LOADING + passes * len(scored) * order.recipe.window / speed.scoring
-    return found
 
 
 def compress(plan: Plan, report: Report) -> Mapping[str, Any]:
