@@ -42,7 +42,7 @@ Prompt = Annotated[
 ]
 Text = Annotated[str | None, typer.Option("--text", metavar="FILE", help="Text or JSON lines, folder, or a name: c4.")]
 Part = Annotated[
-    str, typer.Option("--part", metavar="NAME", help="all of it, or what learn never sees: report, select.")
+    str, typer.Option("--part", metavar="NAME", help="all of it, or what nothing is learned from: report, select.")
 ]
 Window = Annotated[int, typer.Option("--window", min=2, help="Text tokens that are scored together.")]
 Dense = Annotated[
@@ -170,7 +170,7 @@ def _record(asked: _Asked, told: Mapping[str, Any], texts: Sequence[Document] | 
 
     equal = asked.dense_prompt
     return {
-        "command": "evaluate",
+        "command": "select" if asked.part == "select" else "evaluate",  # which no report shows
         **{name: told[name] for name in ("base", "level", "weights", "dtype", "prompt_digest")},
         **{name: getattr(asked, name) for name in ("part", "window", "controls", "tasks", "items")},
         "text": texts and digest(texts),

@@ -14,6 +14,7 @@ from typing import Any
 from safetensors.torch import load_file
 
 from lab.data.documents import Document, digest
+from lab.data.windows import Windows
 from lab.evaluate.conditions import Conditions, conditions, of_dense
 from lab.evaluate.controls import Choice, untrained
 from lab.evaluate.score import NotFiniteLoss, score
@@ -34,39 +35,51 @@ from prompts_store.records import Measurement
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A prompt and the models that it is held against.
+class Models:
+    """`model` at `level` (None: as stored) is what is served; `dense` the dense checkpoint, None where there is none;
+    `base` that of a foreign `model`, as `llama.identity.identify` takes it."""
 
-    `model` at `level` (None: as stored) is what is served; `dense` the dense checkpoint, None where there is none;
-    `equal` a prompt learned on that at equal cost. `every`: with all controls, the best real text by this choice among
-    them; else with the untrained prompt alone.
-    """
-
-    file: PromptFile
-    model: Path
-    level: str | None
-    dtype: str
-    device: str
-    dense: Path | None = None
-    equal: SoftPrompt | None = None
-    every: Choice | None = None
-    base: str | None = None  # of a foreign `model`, as `llama.identity.identify` takes it
-
-
-@dataclass(frozen=True)
-class Control:
-    """What was learned in a prompt's place, `kind` lora or norms: its tensors in a file, the digest of the run that
-    `learned` them; the rest as in `Subject`."""
-
-    kind: str
-    tensors: Path
-    learned: str
     model: Path
     level: str | None
     dtype: str
     device: str
     dense: Path | None = None
     base: str | None = None
+
+    def load(self) -> LoadedModel:
+        """What is served."""
+        return load(self.model, level=self.level, base=self.base, dtype=self.dtype, device=self.device)
+
+    def load_dense(self) -> LoadedModel | None:
+        return load(self.dense, dtype=self.dtype, device=self.device) if self.dense else None
+
+    @property
+    def dense_weights(self) -> str | None:
+        return identify(self.dense).weights if self.dense else None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A prompt and the models that it is held against; `equal` is a prompt learned on the dense one at equal cost.
+
+    `every`: with all controls, the best real text by this choice among them; else with the untrained prompt alone.
+    """
+
+    file: PromptFile
+    models: Models
+    equal: SoftPrompt | None = None
+    every: Choice | None = None
+
+
+@dataclass(frozen=True)
+class Control:
+    """What was learned in a prompt's place, `kind` lora or norms: its tensors in a file, and the digest of the run that
+    `learned` them."""
+
+    kind: str
+    tensors: Path
+    learned: str
+    models: Models
 
 
 @dataclass(frozen=True)
@@ -85,29 +98,26 @@ def prove(
 
     Not `full`: the model with its prompt and without, which is all that choosing needs. Raises RunError, ModelError.
     """
-    prompt, sample = subject.file.prompt, material.sample
+    prompt, sample, models = subject.file.prompt, material.sample, subject.models
     windows = sample.rows(0, len(sample), prompt.bos)
     config = {
         "command": "evaluate" if full else "select",
         "prompt": prompt.digest,
         "weights": subject.file.provenance.weights,
         "data": windows.digest,
-        "dense": identify(subject.dense).weights if subject.dense is not None and full else None,
+        "dense": models.dense_weights if full else None,
         "equal": subject.equal.digest if subject.equal else None,
         "controls": subject.every is not None,
-        "dtype": subject.dtype,
+        "dtype": models.dtype,
     }
     with open_run(folder, config) as run:
         if "measurement" not in run.figures:
             dense = None
-            if full and subject.dense is not None:
-                loaded = load(subject.dense, dtype=subject.dtype, device=subject.device)
+            if full and (loaded := models.load_dense()):
                 dense = of_dense(loaded, windows, report, cache=cache, equal=subject.equal, same=prompt)
                 del loaded  # the model itself goes before the other comes
-            served = load(
-                subject.model, level=subject.level, base=subject.base, dtype=subject.dtype, device=subject.device
-            )
-            tokenizer = HubTokenizer(subject.model)
+            served = models.load()
+            tokenizer = HubTokenizer(models.model)
             choice = subject.every if full else None
             try:
                 scorer = Scorer(served, cache)
@@ -144,19 +154,16 @@ def prove_adapted(
         "kind": control.kind,
         "learned": control.learned,
         "data": windows.digest,
-        "dense": None if control.dense is None else identify(control.dense).weights,
-        "dtype": control.dtype,
+        "dense": control.models.dense_weights,
+        "dtype": control.models.dtype,
     }
     with open_run(folder, config) as run:
         if "perplexity" not in run.figures:
             dense = None
-            if control.dense is not None:
-                loaded = load(control.dense, dtype=control.dtype, device=control.device)
+            if loaded := control.models.load_dense():
                 dense = of_dense(loaded, windows, report, cache=cache)
                 del loaded
-            served = load(
-                control.model, level=control.level, base=control.base, dtype=control.dtype, device=control.device
-            )
+            served = control.models.load()
             teacher = dense.teacher if dense else None
             try:
                 plain = Scorer(served, cache)(windows, None, report, teacher)
@@ -165,8 +172,7 @@ def prove_adapted(
                 main = score(adapted, windows, teacher=teacher, progress=report)
             except NotFiniteLoss as error:
                 raise LearnError(str(error)) from error
-            told = _where(material, served, bool(control.level), len(set(windows.document.tolist())))
-            run.tell(**Conditions(main, plain, dense).told(), **told)
+            run.tell(**Conditions(main, plain, dense).told(), **_where(material, control.models, served, windows))
         return run.figures
 
 
@@ -178,20 +184,20 @@ def measurement(figures: Mapping[str, Any]) -> Measurement:
 def _told(subject: Subject, material: Material, served: LoadedModel, found: Conditions) -> Mapping[str, Any]:
     prompt, sample = subject.file.prompt, material.sample
     return {
-        **_where(material, served, bool(subject.level), len(set(found.main.windows.document.tolist()))),
+        **_where(material, subject.models, served, found.main.windows),
         "prompt_digest": prompt.digest,
         "prompt": {"kind": prompt.kind, "num_virtual_tokens": prompt.num_virtual_tokens, "bos": prompt.bos},
         "measurement": asdict(_cell(subject, sample, served, found).measurement()),
     }
 
 
-def _where(material: Material, served: LoadedModel, at_load: bool, documents: int) -> Mapping[str, Any]:
+def _where(material: Material, models: Models, served: LoadedModel, windows: Windows) -> Mapping[str, Any]:
     """On what and on which data."""
     who, sample = served.identity, material.sample
     return {
         "model": who.name,
         "level": who.level,
-        "method": "while loading" if at_load else None,  # of a checkpoint, its own run says it
+        "method": "while loading" if models.level else None,  # of a checkpoint, its own run says it
         "base": who.base,
         "weights": who.weights,
         "dtype": str(served.model.dtype).removeprefix("torch."),
@@ -201,7 +207,7 @@ def _where(material: Material, served: LoadedModel, at_load: bool, documents: in
         "text": {
             "source": sample.data,
             "digest": digest(material.documents),
-            "documents": documents,
+            "documents": len(set(windows.document.tolist())),
         },
         "split": sample.split,
         "window": material.window,

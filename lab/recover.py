@@ -30,7 +30,7 @@ from lab.learn.order import Plan as LearnPlan
 from lab.learn.order import planned as planned_learning
 from lab.learn.recipe import Kind, LearnError, Recipe
 from lab.progress import Report
-from lab.prove import Control, Material, Subject, prove, prove_adapted
+from lab.prove import Control, Material, Models, Subject, prove, prove_adapted
 from lab.run import CONFIG, FIGURES, Run, open_run
 from lab.transfer.samples import SPLITS, Sample, Split, sample
 from lab.whole import Whole
@@ -204,19 +204,19 @@ def recover(plan: Plan, whole: Whole) -> Outcome:
 
 def subject(plan: Plan, file: PromptFile) -> Subject:
     """The prompt, with all that it is held against."""
-    order, (model, level) = plan.order, plan.served
-    choice = _choice(plan) if order.every else None
-    base = None if plan.solve else order.base
-    return Subject(file, model, level, order.dtype, order.device, plan.dense, order.equal, choice, base)
+    return Subject(file, _models(plan), plan.order.equal, _choice(plan) if plan.order.every else None)
 
 
 def _control(plan: Plan) -> Control:
     """What was learned in a prompt's place."""
-    order, (model, level), folder = plan.order, plan.served, plan.places.run / "learn"
+    folder = plan.places.run / "learn"
     learned = str(read_json(folder / CONFIG)["digest"])
-    base = None if plan.solve else order.base
-    tensors = folder / ADAPTED_TENSORS
-    return Control(order.kind, tensors, learned, model, level, order.dtype, order.device, plan.dense, base)
+    return Control(plan.order.kind, folder / ADAPTED_TENSORS, learned, _models(plan))
+
+
+def _models(plan: Plan) -> Models:
+    order, (model, level) = plan.order, plan.served
+    return Models(model, level, order.dtype, order.device, plan.dense, None if plan.solve else order.base)
 
 
 def _choice(plan: Plan) -> Choice:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -144,18 +143,15 @@ def _dealt(domains: Collection[str]) -> dict[str, Part]:
 
 
 def _pieces(document: Document) -> list[Document]:
-    """A text in pieces that end with a paragraph."""
+    """A text in pieces that end with a line."""
     if document.text is None or document.completion is not None:
         return [document]
-    pieces, lines = [], [""]
-    for line in re.split(r"(?<=\n\n)", document.text):
-        if len(lines[-1]) >= PIECE:
-            lines.append("")
-        lines[-1] += line
-    for number, text in enumerate(lines):
-        piece = replace(document, id=f"{document.id}#{number}", text=text)
-        pieces.append(replace(piece, domain=piece.content))
-    return pieces
+    pieces = [""]
+    for line in document.text.splitlines(keepends=True):
+        if len(pieces[-1]) >= PIECE:
+            pieces.append("")
+        pieces[-1] += line
+    return [Document(f"{document.id}#{number}", text=text) for number, text in enumerate(pieces)]
 
 
 def _data(manifest: Any) -> str:

@@ -53,8 +53,8 @@ class Plan:
     """An order that holds: what is learned through, from which windows, and selected on which.
 
     `dense` is the folder and identity of the dense model if the recipe distils, `parent` the prompt that it starts
-    from, if any, `chat_template` the digest of the
-    template if chats are learned, else "none"; `device`, `dtype` and `compute` are settled.
+    from, if any, `chat_template` the digest of the template if chats are learned, else "none"; `device`, `dtype` and
+    `compute` are settled.
     """
 
     order: Order

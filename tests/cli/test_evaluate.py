@@ -18,6 +18,7 @@ from lab.data.documents import digest
 from lab.data.named import documents
 from lab.data.splits import split
 from lab.evaluate.score import NotFiniteLoss
+from lab.report.evidence import gather
 from llama.load import info
 from prompts_store.file import PromptFile, Provenance, read_prompt, write_prompt
 
@@ -75,6 +76,9 @@ def test_a_part_of_the_text_is_what_learning_never_sees(answer, model, tmp_path)
     assert told["report"]["text"]["documents"] == len(reported)
     assert told["report"]["text"]["digest"] == digest(reported)
     assert told["all"]["text"]["documents"] == 60
+    run = tmp_path / "run"
+    answer("evaluate", model, "--text", pages, "--part", "select", "--run", run)
+    assert not gather([run], None).of("evaluate")  # what chooses is never shown as what is reported
 
 
 def test_a_run_that_was_cut_short_goes_on_and_a_finished_one_answers(answer, model, text, soft, tmp_path, monkeypatch):

@@ -93,7 +93,7 @@ def test_few_documents_are_enough_for_every_part(count):
 def test_one_site_and_one_text_are_dealt_out_themselves():
     pages = [Document(str(i), "one.example", f"page {i} of it") for i in range(10)]
     assert all(split(pages).parts.values())
-    paragraphs = "\n\n".join(" ".join(f"w{i}x{j}" for j in range(100)) for i in range(100))
+    paragraphs = "\r\n".join(" ".join(f"w{i}x{j}" for j in range(100)) for i in range(100))
     parts = split([Document("book.txt", text=paragraphs)]).parts
     assert all(parts.values())
     assert len("".join(d.text for part in parts.values() for d in part)) == len(paragraphs)
