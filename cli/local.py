@@ -33,7 +33,8 @@ def open_store(settings: Settings) -> PromptStore:
     try:
         return PromptStore.open(settings.store, blobs=settings.blobs)
     except StoreLocked as error:
-        raise CommandError(f"{error.message} (--url)") from error
+        hint = "`promptstitch prompts pull REF --url URL` gets a prompt from it as a file"
+        raise CommandError(f"{error.message}; {hint}") from error
     except SQLAlchemyError as error:
         raise CommandError(f"--store: {str(error).splitlines()[0]}") from error
 
