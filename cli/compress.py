@@ -39,6 +39,7 @@ Window = Annotated[int, _option("--window", "N", "Tokens that stand together (25
 Seed = Annotated[int, _option("--seed", "N", "Draws among the windows (0).")]
 Scales = Annotated[str | None, _option("--scales", "NAME", "fitted, largest; else by level and method.")]
 Sweeps = Annotated[int, _option("--sweeps", "N", "Polish the solver's result (3); 0: as published.")]
+Allocation = Annotated[str, _option("--allocation", "NAME", "uniform (default); sensitivity: better, equal bytes.")]
 Embedding = Annotated[str, _option("--embedding", "NAME", "keep (default); q8: promptstitch alone reads it.")]
 Export = Annotated[str, _option("--export", "NAME", "packed (default); dense: plain weights.")]
 Device = Annotated[str, _option("--device", "NAME", "auto (default), cpu, cuda, cuda:<i>.")]
@@ -58,6 +59,7 @@ def compress(
     seed: Seed = 0,
     scales: Scales = None,
     sweeps: Sweeps = 3,
+    allocation: Allocation = "uniform",
     embedding: Embedding = "keep",
     export: Export = "packed",
     device: Device = "auto",
@@ -79,7 +81,7 @@ def compress(
     if calibration_tokens < 1:
         raise CommandError(f"--calibration-tokens is {calibration_tokens}; it must be at least 1", usage=True)
     clip = None if scales is None else scales == "fitted"
-    plan = planned(Order(find_model(model), out, level, method, clip, sweeps, export, embedding, device))
+    plan = planned(Order(find_model(model), out, level, method, clip, sweeps, export, embedding, device, allocation))
     tokens, digest = None, None
     if plan.recipe.method.calibrated:
         if data is None:
@@ -128,6 +130,7 @@ def _told(plan: Plan, manifest: Manifest, sizes: Sizes, run: Run, tokens: Tokens
         "method": plan.recipe.method.name,
         "scales": "fitted" if plan.recipe.clip else "largest",
         "sweeps": plan.recipe.sweeps,
+        "allocation": plan.order.allocation,
         "calibration_tokens": int(tokens.real.sum()) if tokens else 0,
         "layer_error": sum(errors) / len(errors) if errors else None,
         "embedding": plan.order.embedding,

@@ -16,6 +16,7 @@ SUPPORTED = "dense; bitsandbytes nf4 and int8; compressed-tensors pack-quantized
 METHOD = "promptstitch"  # our own layouts, `llama.formats.promptstitch`
 SPARSE_FORMAT = "promptstitch-sparse"
 TABLES = {"bits": 8, "group_size": 32}
+CLASS = "Linear"  # what compressed-tensors calls all layers that are not named
 
 
 def declared_level(raw: Mapping[str, Any]) -> str:
@@ -42,10 +43,7 @@ def declared_level(raw: Mapping[str, Any]) -> str:
         if quantisation.get("format") == SPARSE_FORMAT:
             return _sparse(quantisation.get("level"))
     if method in ("compressed-tensors", METHOD) and quantisation.get("format") == "pack-quantized":
-        levels = {_grid(grid.get("num_bits"), grid.get("group_size")) for grid in weight_schemes(quantisation)}
-        if len(levels) == 1:
-            return levels.pop()
-        raise UnsupportedModel(f"quantization_config.config_groups holds {len(levels)} grids; supported: one")
+        return _most(quantisation)
     raise UnsupportedModel(
         f"quantization_config says {method!r} {quantisation.get('format', '')!r}; supported: {SUPPORTED}"
     )
@@ -66,6 +64,20 @@ def weight_schemes(quantisation: Mapping[str, Any]) -> list[dict[str, Any]]:
 def _check_tables(quantisation: Mapping[str, Any]) -> None:
     if quantisation.get("tables") not in (None, TABLES):
         raise UnsupportedModel(f"quantization_config.tables is {quantisation['tables']!r}; supported: {TABLES}")
+
+
+def _most(quantisation: Mapping[str, Any]) -> str:
+    """The grid of all layers; where some have one of their own, that of all others."""
+    groups = json_object(quantisation.get("config_groups"), "config_groups").values()
+    grids = [_grid(grid.get("num_bits"), grid.get("group_size")) for grid in weight_schemes(quantisation)]
+    if len(set(grids)) > 1:
+        grids = [grid for grid, group in zip(grids, groups, strict=True) if CLASS in (group.get("targets") or ())]
+    if len(set(grids)) == 1:
+        return grids[0]
+    raise UnsupportedModel(
+        f"quantization_config.config_groups is not supported as it is; supported: one grid, or one whose targets are "
+        f"{[CLASS]} beside those of layers that are named"
+    )
 
 
 def _sparse(level: Any) -> str:

@@ -31,6 +31,8 @@ STEPS = {
 }
 NORMS = ("input_layernorm", "post_attention_layernorm")
 
+Layer = tuple[int, str]  # block and step
+
 # (step, W (N, K), second moments of its inputs (K, K)) → what takes the place of W
 Replace = Callable[[str, Tensor, Tensor], Tensor]
 

@@ -5,17 +5,21 @@ Knows files, names and sizes; knows no arithmetic.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lab.compress.block import step_shapes
+from lab.compress.allocation import ALLOCATIONS, Allocation, allocate
+from lab.compress.block import STEPS, step_shapes
 from lab.compress.folder import GrowingFolder, check_free
 from lab.compress.job import LAYER, Job, Tokens
 from lab.compress.level import Level
 from lab.compress.methods import Recipe, choose
+from lab.compress.sensitivity import TOKENS as MEASURED
+from lab.compress.sensitivity import sensitivity
 from lab.compress.storage import DenseStorage, PackedStorage, SparseStorage, Storage, Table
 from lab.progress import Report
 from lab.run import STATE, Run
@@ -30,6 +34,7 @@ from llama.manifest import Manifest
 EXPORTS = ("packed", "dense")
 EMBEDDINGS = ("keep", "q8")
 SWEEPS = 3
+ALLOCATED = "allocation"  # among a run's figures: block, step and which of the level's alternatives
 SEALED = "manifest"  # among a run's figures: what the checkpoint says of itself
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm.weight"
 
@@ -38,7 +43,7 @@ EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm.weigh
 class Order:
     """What is wanted. `method` None is the solver; `clip` None is yes where the solver makes a grid without sparsity;
     `sweeps`, as in `Recipe`, are the solver's alone; `export` is one of EXPORTS, `embedding`, the head's too, one of
-    EMBEDDINGS.
+    EMBEDDINGS, `allocation` one of ALLOCATIONS.
     """
 
     source: Path
@@ -50,6 +55,7 @@ class Order:
     export: str = "packed"
     embedding: str = "keep"
     device: str = "auto"
+    allocation: str = "uniform"
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +83,7 @@ class Plan:
             "export": self.order.export,
             "embedding": self.order.embedding,
             "device": self.device.type,
+            **({"allocation": self.order.allocation} if self.order.allocation != "uniform" else {}),
             "data": data,
             "out": str(self.order.out.absolute()),
         }
@@ -112,6 +119,12 @@ def planned(order: Order) -> Plan:
         raise UnsupportedModel(f"level {order.level} has no grid whose scales could be fitted; leave --scales out")
     if order.sweeps < 0:
         raise UnsupportedModel(f"sweeps is {order.sweeps}; it must be at least 0")
+    if order.allocation not in ALLOCATIONS:
+        raise UnsupportedModel(f"allocation is {order.allocation!r}; choose one of: {', '.join(ALLOCATIONS)}")
+    if order.allocation != "uniform":
+        level.alternatives()  # refuses a level that has none
+        if not method.calibrated:
+            raise UnsupportedModel(f"{method.name} looks at no text, and {order.allocation} is measured on it")
     recipe = Recipe(level, method, clip, order.sweeps if method.solves else 0)
     return Plan(order, checkpoint, identity, recipe, _storage(order, level, checkpoint), choose_device(order.device))
 
@@ -147,24 +160,46 @@ def _solve(plan: Plan, tokens: Tokens | None, run: Run, report: Report) -> Manif
     in_8_bits = order.embedding == "q8"
     tables = [Table.of(checkpoint, name, in_8_bits) for name in (EMBEDDING, *(() if config.tied else (HEAD,)))]
     embedded = None if tokens is None else tables[0].rows(tokens.ids)
-    job = Job(checkpoint, plan.recipe, plan.storage, folder, plan.device)
+    levels = {} if tokens is None else _levels(plan, tokens, tables, run, report)
+    job = Job(checkpoint, plan.recipe, levels, plan.storage, folder, plan.device)
     for done in job.blocks(tokens, embedded, run):
         report("compress", done, config.num_layers)
     last = {name: tensor for table in tables for name, tensor in table.tensors.items()}
     folder.add(config.num_layers, {**last, FINAL_NORM: checkpoint.tensor(FINAL_NORM)})
     raw = {key: value for key, value in checkpoint.raw_config.items() if key != "quantization_config"}
-    quantisation = plan.storage.quantisation()
+    others = {
+        f"model.layers.{index}.{name}": level
+        for (index, step), level in sorted(levels.items())
+        if level != plan.recipe.level
+        for name in STEPS[step]
+    }
+    quantisation = plan.storage.quantisation(others)
     if quantisation := with_q8_tables(quantisation) if in_8_bits else quantisation:
         raw["quantization_config"] = quantisation
     identity = plan.identity
 
     def seal(weights: str) -> Manifest:
-        source = f"{plan.recipe.method.name} of {identity.weights}"
+        how = "" if order.allocation == "uniform" else f", allocated by {order.allocation},"
+        source = f"{plan.recipe.method.name}{how} of {identity.weights}"
         manifest = Manifest(identity.base, plan.recipe.level.name, weights, identity.name, source)
         run.tell(**{SEALED: asdict(manifest)}, embedding_lossless=all(table.lossless for table in tables))
         return manifest
 
     return folder.finish(order.source, raw, seal)
+
+
+def _levels(plan: Plan, tokens: Tokens, tables: Sequence[Table], run: Run, report: Report) -> Allocation:
+    """The level of each layer: found once, told in the run's figures and read there when it goes on."""
+    if plan.order.allocation == "uniform":
+        return {}
+    choices = plan.recipe.level.alternatives()
+    if ALLOCATED not in run.figures:
+        few = Tokens(tokens.ids[: (n := -(-MEASURED // tokens.ids.shape[1]))], tokens.real[:n])
+        head = plan.checkpoint.tensor(f"{tables[-1].module}.weight").to(plan.device, torch.float32)
+        costs = sensitivity(plan.checkpoint, few, tables[0].rows(few.ids), choices, head, report)
+        found = allocate(costs, choices, step_shapes(plan.checkpoint.config), plan.recipe.level)
+        run.tell(**{ALLOCATED: [[*layer, choices.index(level)] for layer, level in sorted(found.items())]})
+    return {(index, step): choices[choice] for index, step, choice in run.figures[ALLOCATED]}
 
 
 def paper_bytes(weights: int, level: Level) -> int:

@@ -8,11 +8,12 @@ the run is saved: one that was killed goes on there, to the same bytes.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lab.compress.allocation import Allocation
 from lab.compress.block import NORMS, STEPS, DenseBlock, Walk, step_shapes
 from lab.compress.folder import GrowingFolder
 from lab.compress.methods import Recipe, compress_layer
@@ -40,10 +41,14 @@ class Tokens:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """What is to be done with the blocks of a checkpoint, where, and into which folder."""
+    """What is to be done with the blocks of a checkpoint, where, and into which folder.
+
+    Layers that `levels` names get these in place of the recipe's.
+    """
 
     checkpoint: Checkpoint
     recipe: Recipe
+    levels: Allocation
     storage: Storage
     folder: GrowingFolder
     device: torch.device
@@ -87,13 +92,14 @@ class Job:
     ) -> tuple[dict[str, Tensor], Tensor]:
         """The layers of a step, compressed: the tensors stored for them, and the weights (N, K) that these mean."""
         try:
-            solution = compress_layer(weight, moments, self.recipe)
+            level = self.levels.get((index, step), self.recipe.level)
+            solution = compress_layer(weight, moments, replace(self.recipe, level=level))
         except (Indefinite, BrokenCheckpoint) as error:
             raise BrokenCheckpoint(f"block {index}, {step}: {error}") from error
         stored: dict[str, Tensor] = {}
         start = 0
         for name, rows in zip(STEPS[step], step_shapes(self.checkpoint.config)[step][0], strict=True):
-            stored |= self.storage.tensors(f"model.layers.{index}.{name}", solution.rows(start, start + rows))
+            stored |= self.storage.tensors(f"model.layers.{index}.{name}", solution.rows(start, start + rows), level)
             start += rows
         told: dict[str, float | bool] = {}
         if moments is not None:  # ‖(W − Ŵ) X‖² / ‖W X‖²

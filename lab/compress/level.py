@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from llama.bits import stream_words
 from llama.errors import UnsupportedModel
 from llama.rtn import BITS
 
 STRIDE = 64  # of every 64 neighbouring inputs of a row the same number is kept: sparse rows take equal bytes
 GROUPS = (128, 64, 32)
+SPREAD, FINE = 16, 4  # how far a layer's share may be from the level's, and in steps of what
 EXAMPLES = "w4g64, w3g64, w4, s50, s2of4, w4g64-s50"
 
 _GRID = re.compile(r"w([0-9]+)(?:g([1-9][0-9]*))?")
@@ -59,6 +61,26 @@ class Level:
         if (dash and not sparsity) or not (grid or sparsity):
             raise UnsupportedModel(f"level {name!r} is none that can be made; such as: {EXAMPLES}")
         return cls(name, grid, sparsity)
+
+    def row_bytes(self, inputs: int) -> int:
+        """Of a row's codes, or 16-bit weights; scales and bitmaps, the same at all `alternatives`, are left out."""
+        kept = inputs * self.sparsity.keep // self.sparsity.of if self.sparsity else inputs
+        return 4 * stream_words(kept, self.grid.bits) if self.grid else 2 * kept
+
+    def alternatives(self) -> list[Level]:
+        """What single layers may have in its place, of the same layout: other bits, or more and fewer weights kept.
+
+        The level itself is among them. Raises UnsupportedModel for N of M, which is the same in every layer.
+        """
+        if self.sparsity is None:
+            assert self.grid is not None
+            return [replace(self, grid=replace(self.grid, bits=bits)) for bits in sorted(BITS)]
+        if self.sparsity.of != STRIDE:
+            raise UnsupportedModel(
+                f"level {self.name} keeps as many weights in every layer; choose --allocation uniform"
+            )
+        kept = range(self.sparsity.keep - SPREAD, self.sparsity.keep + SPREAD + 1, FINE)
+        return [replace(self, sparsity=Sparsity(keep, STRIDE)) for keep in kept if 0 < keep < STRIDE]
 
     def check(self, widths: Mapping[str, int]) -> None:
         """Raise UnsupportedModel, naming a level that would fit, unless groups divide the inputs of every layer."""

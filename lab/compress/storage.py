@@ -5,19 +5,21 @@ Knows tensors' names and the field `quantization_config`; knows no solver and no
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from lab.compress.level import Bits
+from lab.compress.level import Bits, Level
 from lab.compress.methods import KEPT
 from lab.compress.solve import Solution
 from llama.bits import pack_stream
 from llama.checkpoint import Checkpoint
 from llama.errors import UnsupportedModel
 from llama.formats.promptstitch import q8_tensors, sparse_quantisation
+from llama.level import CLASS
 from llama.q8 import q8_grid, q8_nearest, q8_table
 from llama.sparse import SparseLayout
 
@@ -25,11 +27,11 @@ from llama.sparse import SparseLayout
 class Storage(Protocol):
     """A layout of a compressed checkpoint."""
 
-    def tensors(self, module: str, layer: Solution) -> dict[str, Tensor]:
-        """What is stored for the layer of a module (`model.layers.0.mlp.up_proj`)."""
+    def tensors(self, module: str, layer: Solution, level: Level) -> dict[str, Tensor]:
+        """What is stored for the layer of a module (`model.layers.0.mlp.up_proj`), which has this level."""
 
-    def quantisation(self) -> dict[str, Any] | None:
-        """`quantization_config` of config.json; None for plain weights."""
+    def quantisation(self, others: Mapping[str, Level]) -> dict[str, Any] | None:
+        """`quantization_config` of config.json; None for plain weights. `others`: modules of another level."""
 
 
 class DenseStorage:
@@ -38,10 +40,10 @@ class DenseStorage:
     def __init__(self, dtype: torch.dtype) -> None:
         self._dtype = dtype
 
-    def tensors(self, module: str, layer: Solution) -> dict[str, Tensor]:
+    def tensors(self, module: str, layer: Solution, level: Level) -> dict[str, Tensor]:
         return {f"{module}.weight": layer.weight.to(self._dtype)}
 
-    def quantisation(self) -> None:
+    def quantisation(self, others: Mapping[str, Level]) -> None:
         return None
 
 
@@ -51,39 +53,44 @@ class PackedStorage:
     def __init__(self, grid: Bits) -> None:
         self._grid = grid
 
-    def tensors(self, module: str, layer: Solution) -> dict[str, Tensor]:
+    def tensors(self, module: str, layer: Solution, level: Level) -> dict[str, Tensor]:
         assert layer.codes is not None
         assert layer.grid is not None
-        unsigned = (layer.codes.short() + 2 ** (self._grid.bits - 1)).to(torch.uint8)
+        bits = layer.grid.bits
         return {
-            f"{module}.weight_packed": pack_stream(unsigned, self._grid.bits),
+            f"{module}.weight_packed": pack_stream((layer.codes.short() + 2 ** (bits - 1)).to(torch.uint8), bits),
             f"{module}.weight_scale": layer.grid.scales,
             f"{module}.weight_shape": torch.tensor(layer.codes.shape),
         }
 
-    def quantisation(self) -> dict[str, Any]:
-        weights = {
-            "num_bits": self._grid.bits,
-            "type": "int",
-            "symmetric": True,
-            "strategy": "group" if self._grid.group else "channel",
-            "group_size": self._grid.group,
-            "dynamic": False,
-        }
+    def quantisation(self, others: Mapping[str, Level]) -> dict[str, Any]:
+        named: dict[Bits, list[str]] = {}
+        for module, level in others.items():
+            assert level.grid is not None
+            named.setdefault(level.grid, []).append(module)
         return {
             "quant_method": "compressed-tensors",
             "format": "pack-quantized",
             "quantization_status": "compressed",  # without it transformers loads, and computes nonsense
             "ignore": ["lm_head"],
             "config_groups": {
-                "group_0": {
-                    "targets": ["Linear"],
-                    "weights": weights,
-                    "input_activations": None,
-                    "output_activations": None,
-                }
+                f"group_{number}": _group(grid, targets)
+                for number, (grid, targets) in enumerate([(self._grid, [CLASS]), *named.items()])
             },
         }
+
+
+def _group(grid: Bits, targets: list[str]) -> dict[str, Any]:
+    """One of `config_groups`."""
+    weights = {
+        "num_bits": grid.bits,
+        "type": "int",
+        "symmetric": True,
+        "strategy": "group" if grid.group else "channel",
+        "group_size": grid.group,
+        "dynamic": False,
+    }
+    return {"targets": targets, "weights": weights, "input_activations": None, "output_activations": None}
 
 
 class SparseStorage:
@@ -95,14 +102,18 @@ class SparseStorage:
             raise ValueError(f"{level} is no sparse level")
         self._level, self._layout = level, layout
 
-    def tensors(self, module: str, layer: Solution) -> dict[str, Tensor]:
+    def tensors(self, module: str, layer: Solution, level: Level) -> dict[str, Tensor]:
         assert layer.kept is not None
+        assert level.sparsity is not None
         values = layer.weight.to(KEPT) if layer.codes is None else layer.codes
-        packed = self._layout.pack(values, layer.kept, layer.grid.scales if layer.grid else None)
+        packed = replace(self._layout, keep=level.sparsity.keep).pack(
+            values, layer.kept, layer.grid.scales if layer.grid else None
+        )
         return {f"{module}.{name}": tensor for name, tensor in packed.items()}
 
-    def quantisation(self) -> dict[str, Any]:
-        return sparse_quantisation(self._level)
+    def quantisation(self, others: Mapping[str, Level]) -> dict[str, Any]:
+        keep = {module: level.sparsity.keep for module, level in others.items() if level.sparsity}
+        return sparse_quantisation(self._level, keep)
 
 
 @dataclass(frozen=True, slots=True)

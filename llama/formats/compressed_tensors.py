@@ -41,15 +41,29 @@ class PackQuantizedFormat:
                 raise UnsupportedModel(f"compressed-tensors with {field} is not supported")
         if json_object(quantisation.get("sparsity_config"), "sparsity_config").get("format", "dense") != "dense":
             raise UnsupportedModel("compressed-tensors with sparse storage is not supported; supported: pack-quantized")
-        self._bits: int = schemes[0]["num_bits"]
-        self._group: int = schemes[0].get("group_size") or -1
+        grids = [(scheme["num_bits"], scheme.get("group_size") or -1) for scheme in schemes]
+        self._grids: list[tuple[int, int]] = list(dict.fromkeys(grids))
         self._checkpoint = checkpoint
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Matrix:
         if f"{module}.weight_packed" not in self._checkpoint:
             return DenseMatrix(self._checkpoint, f"{module}.weight", shape)
-        group = self._group if self._group > 0 else shape[1]
-        return PackQuantizedMatrix(self._checkpoint, module, shape, self._bits, group)
+        bits, group = self._grid(module, shape[1])
+        return PackQuantizedMatrix(self._checkpoint, module, shape, bits, group)
+
+    def _grid(self, module: str, k: int) -> tuple[int, int]:
+        """Bits and group. Where layers differ their tensors' widths tell, so no pattern of names is ever run."""
+        grids = [(bits, group if group > 0 else k) for bits, group in self._grids]
+        if len(grids) > 1:
+            words = self._checkpoint.shape(f"{module}.weight_packed")[-1]
+            groups = self._checkpoint.shape(f"{module}.weight_scale")[-1]
+            grids = [(b, g) for b, g in grids if words in (stream_words(k, b), padded_words(k, b)) and g * groups == k]
+        if len(grids) != 1:
+            raise BrokenCheckpoint(
+                f"{module}: weight_packed and weight_scale must have the widths of just one of the grids of "
+                "config_groups"
+            )
+        return grids[0]
 
 
 class PackQuantizedMatrix(IntMatrix):

@@ -2,13 +2,15 @@
 
 `quantization_config` of config.json says so by `quant_method: promptstitch`, which other engines do not know. `format`
 is how the linears of the decoder blocks are stored: `promptstitch-sparse` with the `level` that tells how much is kept
-(`s50`, `w4g64-s50`; `llama.sparse` has the tensors), `pack-quantized` with the fields of compressed-tensors, or
+(`s50`, `w4g64-s50`; `llama.sparse` has the tensors) and, for modules of which more or less of every 64 inputs is kept,
+how many, `keep: {model.layers.0.mlp.down_proj: 40}`; or `pack-quantized` with the fields of compressed-tensors, or
 `dense`. `tables: {bits: 8, group_size: 32}` is there if embedding and head are on the grid of `llama.q8`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -18,12 +20,16 @@ from llama.errors import BrokenCheckpoint, UnsupportedModel
 from llama.formats.matrix import FLOATS, DenseMatrix, IntMatrix, Matrix, Q8Matrix, Rows
 from llama.level import METHOD, SPARSE_FORMAT, TABLES, has_q8_tables
 from llama.q8 import GROUP, q8_table
-from llama.sparse import SparseLayout
+from llama.shards import json_object
+from llama.sparse import WORD, SparseLayout
 
 
-def sparse_quantisation(level: str) -> dict[str, Any]:
-    """`quantization_config` of a checkpoint whose linears `SparseLayout.of_level(level)` packed."""
-    return {"quant_method": METHOD, "format": SPARSE_FORMAT, "level": level}
+def sparse_quantisation(level: str, keep: Mapping[str, int] | None = None) -> dict[str, Any]:
+    """`quantization_config` of a checkpoint whose linears `SparseLayout.of_level(level)` packed.
+
+    `keep` tells of modules that keep another number of every 64 inputs.
+    """
+    return {"quant_method": METHOD, "format": SPARSE_FORMAT, "level": level, **({"keep": dict(keep)} if keep else {})}
 
 
 def with_q8_tables(quantisation: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -43,12 +49,23 @@ class SparseFormat:
         layout = SparseLayout.of_level(str(quantisation.get("level")))
         assert layout is not None  # `declared_level` has refused what is none
         self._checkpoint, self._layout = checkpoint, layout
+        self._keep = json_object(quantisation.get("keep"), "quantization_config.keep")
 
     def matrix(self, module: str, shape: tuple[int, int]) -> Matrix:
         if f"{module}.weight_kept" not in self._checkpoint:
             return DenseMatrix(self._checkpoint, f"{module}.weight", shape)
-        stored = StoredSparse(self._checkpoint, module, shape, self._layout)
+        stored = StoredSparse(self._checkpoint, module, shape, self._kept(module))
         return SparseMatrix(stored) if self._layout.bits is None else SparseIntMatrix(stored)
+
+    def _kept(self, module: str) -> SparseLayout:
+        keep = self._keep.get(module, self._layout.keep)
+        if keep == self._layout.keep:
+            return self._layout
+        if type(keep) is not int or not 0 < keep < WORD or self._layout.of != WORD:
+            raise UnsupportedModel(
+                f"quantization_config.keep: {module} keeps {keep!r}; it must be 1 to {WORD - 1} of {WORD}"
+            )
+        return replace(self._layout, keep=keep)
 
 
 class StoredSparse:

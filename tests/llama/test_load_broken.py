@@ -17,6 +17,7 @@ from llama.load import load
 UP = "model.layers.1.mlp.up_proj"
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64}
 WEIGHTS = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 64}
+OTHER = {**WEIGHTS, "num_bits": 8}
 COMPRESSED = {
     "quant_method": "compressed-tensors",
     "format": "pack-quantized",
@@ -181,6 +182,7 @@ def test_its_own_level_may_be_named(gptq_folder):
         ({**COMPRESSED, "config_groups": {"a": {"weights": {**WEIGHTS, "strategy": "tensor"}}}}, "tensor"),
         ({**COMPRESSED, "config_groups": {"a": {"weights": {**WEIGHTS, "num_bits": 1}}}}, "1 bits"),
         ({**COMPRESSED, "config_groups": {}}, "config_groups"),
+        ({**COMPRESSED, "config_groups": {"a": {"weights": WEIGHTS}, "b": {"weights": OTHER}}}, "['Linear']"),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
@@ -210,6 +212,14 @@ def test_gptq_tensors_of_the_wrong_shape(gptq_folder):
 def test_groups_that_make_no_sense(gptq_folder, g_idx, error, word):
     change(gptq_folder, **{f"{UP}.g_idx": g_idx.int()})
     refused(gptq_folder, error, UP, word)
+
+
+def test_a_layer_that_fits_none_of_several_grids(compressed_folder):
+    groups = {"a": {"targets": ["Linear"], "weights": WEIGHTS}, "b": {"targets": [UP], "weights": OTHER}}
+    change_config(compressed_folder, quantization_config={**COMPRESSED, "config_groups": groups})
+    load(compressed_folder, device="cpu")
+    change(compressed_folder, **{f"{UP}.weight_packed": torch.zeros(192, 5, dtype=torch.int32)})
+    refused(compressed_folder, BrokenCheckpoint, UP, "just one of the grids of config_groups")
 
 
 def test_pack_quantized_tensors_of_the_wrong_shape(compressed_folder):

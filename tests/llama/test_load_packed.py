@@ -107,6 +107,26 @@ def test_transformers_reads_the_same_from_pack_quantized(tmp_path, bits, group):
     torch.testing.assert_close(logits(ours, IDS), logits(theirs, IDS), atol=1e-4, rtol=0)
 
 
+def test_layers_may_have_grids_of_their_own(tmp_path):
+    """As llm-compressor writes them: other layers by a pattern, which is not run; what is stored tells."""
+    own = {"down_proj": (8, 64), "v_proj": (4, 32)}
+
+    def pack(name, weight):
+        bits, group = own.get(name.split(".")[-1], (3, 64))
+        grid = packers.quantise(weight, bits, group, True)
+        return packers.pack_quantized(name, grid, bits), grid.weight
+
+    quantisation = scheme(3, 64)
+    for name, (bits, group) in own.items():
+        weights = scheme(bits, group)["config_groups"]["group_0"]["weights"]
+        quantisation["config_groups"][name] = {"targets": [f"re:.*{name}$"], "weights": weights}
+    reference = model()
+    folder = packed(tmp_path, reference, quantisation, "w3g64", pack)
+    loaded = load(folder, dtype="float32", device="cpu")
+    assert loaded.identity.level == "w3g64"
+    torch.testing.assert_close(logits(loaded.model, IDS), logits(reference, IDS), atol=1e-4, rtol=0)
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("version", [1, 2])
 @pytest.mark.parametrize("act_order", [False, True])

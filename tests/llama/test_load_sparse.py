@@ -258,6 +258,9 @@ def test_a_scale_that_is_no_number_is_refused(sparse_folder):
         ({"level": None}, ("level is None",)),
         ({"format": "promptstitch-other"}, ("promptstitch-other", "supported")),
         ({"tables": {"bits": 4, "group_size": 32}}, ("tables is", "supported")),
+        ({"keep": {UP: 64}}, ("quantization_config.keep", UP, "64", "1 to 63")),
+        ({"keep": {UP: True}}, ("quantization_config.keep", UP, "True")),
+        ({"keep": {UP: "32"}}, ("quantization_config.keep", UP, "'32'")),
     ],
 )
 def test_declarations_of_another_layout_are_refused(sparse_folder, fields, words):

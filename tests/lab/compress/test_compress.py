@@ -268,7 +268,7 @@ def test_a_job_stops_where_it_is_told(dense, tokens, tmp_path):
     """The first number is where it starts, so that a resumed run's progress is right from the beginning."""
     plan = planned(Order(dense, tmp_path / "out", "w4g64", device="cpu"))
     folder = lab.compress.folder.GrowingFolder(tmp_path / "out", 4)
-    job = Job(plan.checkpoint, plan.recipe, plan.storage, folder, plan.device)
+    job = Job(plan.checkpoint, plan.recipe, {}, plan.storage, folder, plan.device)
     embedded = plan.checkpoint.tensor("model.embed_tokens.weight")[tokens.ids].float()
     with open_run(tmp_path / "run", {}) as run:
         steps = job.blocks(tokens, embedded, run)
