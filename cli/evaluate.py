@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from prompts_store.prompt import SoftPrompt
     from server.settings import Settings
 
-PANELS = {"Model": ("level", "dtype", "device", "base"), "Prompt": ("store", "blobs", "resolution")}
+PANELS = {"Model": ("level", "dtype", "compute", "device", "base"), "Prompt": ("store", "blobs", "resolution")}
 PARTS = ("all", "report", "select")
 PATIENCE = 2.0  # seconds before anyone wants to see a bar
 
@@ -138,7 +138,13 @@ def _evaluate(settings: Settings, asked: _Asked, folder: Path | None, steps: Ste
     chosen, identity = to_serve(settings, steps)
     model = Path(chosen.model)
     loaded = load(
-        model, level=chosen.level, dtype=chosen.dtype, device=chosen.device, identity=identity, progress=steps
+        model,
+        level=chosen.level,
+        dtype=chosen.dtype,
+        device=chosen.device,
+        identity=identity,
+        compute=chosen.compute,
+        progress=steps,
     )
     tokenizer = HubTokenizer(model)
     prompt, found = find_prompt(asked.prompt, loaded, tokenizer, chosen)
@@ -171,7 +177,7 @@ def _record(asked: _Asked, told: Mapping[str, Any], texts: Sequence[Document] | 
     equal = asked.dense_prompt
     return {
         "command": "select" if asked.part == "select" else "evaluate",  # which no report shows
-        **{name: told[name] for name in ("base", "level", "weights", "dtype", "prompt_digest")},
+        **{name: told[name] for name in ("base", "level", "weights", "dtype", "compute", "prompt_digest")},
         **{name: getattr(asked, name) for name in ("part", "window", "controls", "tasks", "items")},
         "text": texts and digest(texts),
         "dense": identify(find_model(asked.dense)).weights if asked.dense else None,

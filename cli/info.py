@@ -38,7 +38,7 @@ def describe(folder: Path, level: str | None = None, base: str | None = None) ->
         "weights": identity.weights,
         "parameters": told.parameters,
         "disk_bytes": told.disk_bytes,
-        "resident_bytes": expected_bytes(folder, identity.at_load),
+        "resident_bytes": expected_bytes(folder, identity, compute="auto"),
         "layers": config.num_layers,
         "hidden_size": config.hidden_size,
         "heads": config.num_heads,

@@ -82,9 +82,11 @@ def start_engine(settings: Settings, identity: Identity, steps: Steps) -> LocalE
         dtype=settings.dtype,
         device=settings.device,
         identity=identity,
+        compute=settings.compute,
         progress=steps,
     )
-    served = ServedModel(identity.name, identity.base, identity.level, identity.weights, loaded.resident_bytes)
+    told = (identity.name, identity.base, identity.level, identity.weights, loaded.resident_bytes, loaded.compute)
+    served = ServedModel(*told)
     try:
         return LocalEngine(loaded.model, HubTokenizer(folder), served, _options(settings))
     except ValueError as error:  # a KV cache too small to be of use

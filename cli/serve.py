@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 PANELS = {
-    "Model": ("level", "dtype", "device", "base", "served_model_name"),
+    "Model": ("level", "dtype", "compute", "device", "base", "served_model_name"),
     "Prompts": ("store", "blobs", "seed_prompts", "resolution", "prompt_cache"),
     "Engine": (
         "max_model_len",
@@ -113,7 +113,8 @@ def announce(info: EngineInfo, url: str, store: PromptStore) -> None:
     stats = store.stats()
     url = url.replace("//0.0.0.0", "//127.0.0.1").replace("//[::]", "//[::1]")  # every address is no address to ask
     pages = f"{info.num_pages} pages of {info.page_size} tokens ({info.kv_bytes / MIB:.0f} MiB)"
-    say(f"model    {info.model} at {info.level}, {info.weight_bytes / MIB:.0f} MiB, {info.dtype} on {info.device}")
+    computes = info.dtype if info.compute == info.dtype else f"{info.dtype}, products in {info.compute},"
+    say(f"model    {info.model} at {info.level}, {info.weight_bytes / MIB:.0f} MiB, {computes} on {info.device}")
     say(f"base     {info.base}")
     say(f"weights  {info.weights}")
     say(f"context  {info.max_model_len} tokens; KV cache: {pages}")

@@ -32,6 +32,7 @@ def told_of(
         "base": told.base,
         "weights": told.weights,
         "dtype": str(loaded.model.dtype).removeprefix("torch."),
+        "compute": loaded.compute,
         "device": str(loaded.model.device),
         "bytes": loaded.resident_bytes,
         "disk_bytes": loaded.disk_bytes,

@@ -72,6 +72,7 @@ class EngineInfo:
     chat_template: str  # digest, or "none"
     weight_bytes: int  # resident
     kv_bytes: int  # of the page budget
+    compute: str  # what linears multiply: the dtype, or int8
 
 
 @dataclass(frozen=True, slots=True)

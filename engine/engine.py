@@ -43,6 +43,7 @@ class ServedModel:
     level: str
     weights: str
     weight_bytes: int
+    compute: str | None = None  # what its linears multiply; None: the dtype
 
 
 class LocalEngine:
@@ -329,4 +330,5 @@ def _info(
         chat_template=tokenizer.chat_template_digest,
         weight_bytes=served.weight_bytes,
         kv_bytes=num_pages * KVPages.bytes_per_page(config, options.page_size, model.dtype),
+        compute=served.compute or dtype,
     )

@@ -58,7 +58,9 @@ class Assembly:
             embedding, head = Q8Embedding(shared), shared
         else:
             weight = dense_weight([table], self.target)
-            embedding, head = DenseEmbedding(weight), DenseLinear(weight)
+            apart = self.target.integers and self.checkpoint.config.tied
+            embedding = DenseEmbedding(weight)
+            head = build_linear(HEAD, [table], None, self.target) if apart else DenseLinear(weight)
         if not self.checkpoint.config.tied:
             on_grid = isinstance(table, Q8Matrix)
             own = stored_table(self.checkpoint, HEAD) if on_grid else self.format.matrix(HEAD, table.shape)

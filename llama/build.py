@@ -13,14 +13,15 @@ import torch
 from torch import Tensor
 
 from llama import native
-from llama.errors import BrokenCheckpoint
+from llama.errors import BrokenCheckpoint, UnsupportedModel
 from llama.formats.bitsandbytes import NF4_VALUES
 from llama.formats.matrix import DenseMatrix, IntMatrix, Matrix, Nf4Matrix, Q8Matrix
 from llama.int4 import GROUPS, Int4Linear, kernel_block
 from llama.linear import DenseLinear, FusedLinear, Linear
 from llama.packed import TWOS_COMPLEMENT, CodebookLinear, Int8Linear, PackedLinear, scale_dtype
-from llama.panels import PanelLinear
-from llama.q8 import Q8Linear
+from llama.panels import IntegerPanelLinear, PanelLinear
+from llama.q8 import GROUP as Q8_GROUP
+from llama.q8 import Q8Linear, q8_grid, q8_nearest
 
 FILL_WEIGHTS = 1 << 20  # read, quantised and packed at once
 
@@ -29,11 +30,15 @@ M = TypeVar("M", bound=Matrix)
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """Where a layer is to live and what it computes in. If `hollow`, it is of the right kind and size, but empty."""
+    """Where a layer is to live and what it computes in. If `hollow`, it is of the right kind and size, but empty.
+
+    `integers`: products are those of integers wherever a layer allows it; dense weights are then put on an 8-bit grid.
+    """
 
     dtype: torch.dtype
     device: torch.device
     hollow: bool = False
+    integers: bool = False
 
     @property
     def place(self) -> torch.device:
@@ -48,6 +53,8 @@ def build_linear(module: str, parts: Sequence[Matrix], bias: Tensor | None, targ
     """
     dense = [part for part in parts if isinstance(part, DenseMatrix)]
     if len(dense) == len(parts):
+        if ours := _integers(target, Q8_GROUP, dense[0].shape[1]):
+            return _rounded(dense, bias, ours, target)
         return DenseLinear(dense_weight(dense, target), bias)
     ints = [part for part in parts if isinstance(part, IntMatrix)]
     if len(ints) == len(parts) and _alike(ints):
@@ -65,9 +72,27 @@ def build_linear(module: str, parts: Sequence[Matrix], bias: Tensor | None, targ
     return FusedLinear([build_linear(module, [p], b, target) for p, b in zip(parts, biases, strict=True)])
 
 
-def build_q8(module: str, table: Q8Matrix, bias: Tensor | None, target: Target) -> Q8Linear:
+def _rounded(parts: Sequence[DenseMatrix], bias: Tensor | None, ours: native.Kernels, target: Target) -> Linear:
+    """W on the 8-bit grid of `llama.q8`: as it is where it lies on that grid, else rounded to it."""
+    layer = IntegerPanelLinear(ours, _shape(parts), 8, Q8_GROUP, torch.float16, target.dtype, target.place, bias)
+    for part, start, stop, at in () if target.hollow else _pieces(parts, layer.row_step):
+        rows = part.rows(start, stop).float()
+        try:
+            codes, scales = q8_grid(rows)
+        except UnsupportedModel:
+            codes, scales = q8_nearest(rows)
+        layer.fill(at, codes.flatten(1), scales)
+    return layer
+
+
+def build_q8(module: str, table: Q8Matrix, bias: Tensor | None, target: Target) -> Q8Linear | IntegerPanelLinear:
     """As `build_linear`, of a table on the 8-bit grid, which the embedding may share."""
-    layer = Q8Linear(table.shape, target.dtype, target.place, bias)
+    shape, dtype, place = table.shape, target.dtype, target.place
+    layer: Q8Linear | IntegerPanelLinear
+    if ours := _integers(target, Q8_GROUP, shape[1]):
+        layer = IntegerPanelLinear(ours, shape, 8, Q8_GROUP, torch.float16, dtype, place, bias)
+    else:
+        layer = Q8Linear(shape, dtype, place, bias)
     _fill(module, layer, [table], target)
     return layer
 
@@ -90,6 +115,9 @@ def _int_layer(parts: Sequence[IntMatrix], bias: Tensor | None, target: Target) 
     if ours := _kernels(parts, group, target):
         values = None if parts[0].bits > 4 else TWOS_COMPLEMENT
         scales, place = scale_dtype(target.dtype), target.place
+        if _integers(target, group, shape[1]):
+            bits, dtype = parts[0].bits, target.dtype
+            return IntegerPanelLinear(ours, shape, bits, group, scales, dtype, place, bias, order, offsets)
         return PanelLinear(ours, shape, values, group, scales, target.dtype, place, bias, order, offsets)
     if parts[0].bits > 4:
         return Int8Linear(shape, group, target.dtype, target.place, bias, order, offsets)
@@ -108,6 +136,11 @@ def _kernels(parts: Sequence[IntMatrix | Nf4Matrix], group: int, target: Target)
     # In fp32, where exactness is asked for, torch's product sums in shorter stretches and is closer to the true one.
     computed = (target.device.type, target.dtype) == ("cpu", torch.bfloat16)
     return native.kernels() if fits and computed else None
+
+
+def _integers(target: Target, group: int, k: int) -> native.Kernels | None:
+    """Ours if the target is to multiply integers and they take groups of this size."""
+    return native.kernels() if target.integers and k % group == 0 and group % native.SHARE == 0 else None
 
 
 def _fill(

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from llama.panels import IntegerPanelLinear
 from llama.q8 import Q8Linear
 
 
@@ -48,9 +49,9 @@ class DenseEmbedding(Embedding):
 
 
 class Q8Embedding(Embedding):
-    """The table that a Q8Linear holds."""
+    """The table that the head holds."""
 
-    def __init__(self, table: Q8Linear) -> None:
+    def __init__(self, table: Q8Linear | IntegerPanelLinear) -> None:
         super().__init__()
         self.table = table
         self.dtype, self.device = table.dtype, table.codes.device

@@ -5,6 +5,7 @@ Knows the names only; a format that cannot be served is refused where its tensor
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -47,6 +48,11 @@ def declared_level(raw: Mapping[str, Any]) -> str:
     raise UnsupportedModel(
         f"quantization_config says {method!r} {quantisation.get('format', '')!r}; supported: {SUPPORTED}"
     )
+
+
+def of_integers(level: str) -> bool:
+    """Whether the weights of a level are integers times scales: `w4g64`, `w4g64-s50`, `int8`; not `nf4`, not `s50`."""
+    return level == "int8" or re.match("w[0-9]", level) is not None
 
 
 def has_q8_tables(raw: Mapping[str, Any]) -> bool:

@@ -7,7 +7,7 @@ weights at a time: the peak of anonymous memory is the resident model and a few 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -21,23 +21,29 @@ from llama.config import LlamaConfig
 from llama.errors import UnsupportedModel
 from llama.formats import format_at_load, stored_format
 from llama.identity import Identity, identify
+from llama.level import of_integers
 from llama.linear import DenseLinear
 from llama.model import Llama
 from llama.rtn import Grid
 
 Progress = Callable[[str, int, int], None]  # step, bytes done, bytes in all
 
+COMPUTES = ("auto", "bf16", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True, slots=True)
 class LoadedModel:
-    """A model and who it is. Bytes are real ones: tensors in memory (scales and copies counted), files on disk."""
+    """A model and who it is. Bytes are real ones: tensors in memory (scales and copies counted), files on disk.
+
+    `compute` is what its linears multiply: `int8`, or the compute dtype.
+    """
 
     model: Llama
     identity: Identity
     resident_bytes: int
     disk_bytes: int
+    compute: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,18 +64,19 @@ def load(
     device: str = "auto",
     base: str | None = None,
     identity: Identity | None = None,
+    compute: str | None = None,
     prepare: bool = True,
     progress: Progress | None = None,
 ) -> LoadedModel:
     """The checkpoint in `directory`, quantised to `level` on the way if it is dense and a level is given.
 
     `dtype` is one of DTYPES or auto, `device` cpu, cuda, cuda:<i> or auto; `base` as in `identify`; `identity` is what
-    `info` told of this directory, level and base, so that a checkpoint without a manifest is hashed once; `prepare`
-    rearranges dense weights for faster products, at the price of a second copy of tied embeddings. Raises ModelError.
+    `info` told of this directory, level and base, so that a checkpoint without a manifest is hashed once; `compute` as
+    in `choose_compute`; `prepare` rearranges dense weights for faster products, at the price of a second copy of tied
+    embeddings. Raises ModelError.
     """
-    place = choose_device(device)
-    target = Target(choose_dtype(dtype, place), place)
     identity = identity or identify(directory, level, base)
+    target = _target(dtype, device, compute, identity.level)
     checkpoint = Checkpoint(directory)
     stored = stored_format(checkpoint)
     weights = stored if identity.at_load is None else format_at_load(checkpoint, identity.at_load)
@@ -78,7 +85,14 @@ def load(
     model = Assembly(checkpoint, weights, target, prepare).model(
         lambda share: report("load", int(share * disk_bytes), disk_bytes)
     )
-    return LoadedModel(model, identity, resident_bytes(model), disk_bytes)
+    computes = "int8" if target.integers else str(target.dtype).removeprefix("torch.")
+    return LoadedModel(model, identity, resident_bytes(model), disk_bytes, computes)
+
+
+def _target(dtype: str, device: str, compute: str | None, level: str) -> Target:
+    place = choose_device(device)
+    chosen = choose_dtype(dtype, place)
+    return Target(chosen, place, integers=choose_compute(compute, chosen, place, level) == "int8")
 
 
 def info(directory: Path, *, level: str | None = None, base: str | None = None) -> ModelInfo:
@@ -107,17 +121,18 @@ def parameters(config: LlamaConfig) -> int:
     return tables + config.num_layers * per_layer + h
 
 
-def expected_bytes(directory: Path, at_load: str | None, *, dtype: str = "auto", device: str = "auto") -> int:
-    """`resident_bytes` of what `load` would give, without reading a weight; `at_load` as in `Identity`.
+def expected_bytes(
+    directory: Path, identity: Identity, *, dtype: str = "auto", device: str = "auto", compute: str | None = None
+) -> int:
+    """`resident_bytes` of what `load` would give, without reading a weight.
 
     Exact but where oneDNN rearranges dense weights, which may fill them up to whole tiles. Raises ModelError.
     """
-    place = choose_device(device)
-    target = Target(choose_dtype(dtype, place), place, hollow=True)
-    checkpoint = Checkpoint(directory)
+    target = replace(_target(dtype, device, compute, identity.level), hollow=True)
+    checkpoint, at_load = Checkpoint(directory), identity.at_load
     weights = stored_format(checkpoint) if at_load is None else format_at_load(checkpoint, at_load)
     model = Assembly(checkpoint, weights, target, prepare=False).model(lambda share: None)
-    if not rearranges(target.dtype, place):
+    if not rearranges(target.dtype, target.device):
         return resident_bytes(model)
     dense = [layer for layer in model.modules() if isinstance(layer, DenseLinear)]
     padding = sum(-layer.out_features % native.PANEL * layer.in_features for layer in dense)
@@ -154,6 +169,27 @@ def choose_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UnsupportedModel(f"device is {name!r}, but torch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def choose_compute(name: str | None, dtype: torch.dtype, device: torch.device, level: str) -> str:
+    """What linears multiply: `int8`, inputs rounded to 8 bits and weights to 8 where they have more, or the `dtype`.
+
+    `bf16` is the dtype bf16, None whichever it is. `auto` is int8 where that is faster and the weights are integers
+    already, so that only inputs lose. Raises UnsupportedModel.
+    """
+    plain = str(dtype).removeprefix("torch.")
+    if name not in (None, *COMPUTES):
+        raise UnsupportedModel(f"compute is {name!r}; supported: {', '.join(COMPUTES)}")
+    if name == "bf16" and dtype != torch.bfloat16:
+        raise UnsupportedModel(f"compute bf16 contradicts dtype {plain}; leave one of them out")
+    if name not in ("auto", "int8"):
+        return plain
+    kernels = native.kernels() if (device.type, dtype) == ("cpu", torch.bfloat16) else None
+    if kernels is not None and kernels.multiplies_integers:
+        return "int8" if name == "int8" or of_integers(level) else plain
+    if name == "int8":
+        raise UnsupportedModel("compute int8 needs dtype bfloat16, a CPU with AVX-512 VNNI, and the package's kernels")
+    return plain
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

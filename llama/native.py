@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 PANEL = 32  # outputs of a panel of weights
-GROUP = 64  # inputs that share a scale in a product of integers
+GROUP = 64  # inputs that share a scale in `llama.integers`
+SHARE = 32  # what the groups of a product of integers are multiples of
 SCALES = (torch.bfloat16, torch.float32, torch.float16)  # what scales may be kept in, as the product numbers them
 DOT_GAIN = 1.5  # of the bf16 dot product over fp32's multiply-add: from here on oneDNN, which uses it, is ahead
 LANES = 16  # what page sizes and head widths must be multiples of
@@ -24,7 +25,7 @@ POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes
 SIGNATURES = {
     "panels": (POINTER, LONG, LONG, POINTER),
     "gemm": (INT, INT, INT, *[POINTER] * 5, LONG, POINTER, LONG, LONG, LONG, POINTER),
-    "integers": (*[POINTER] * 4, LONG, LONG, LONG, POINTER),
+    "integers": (INT, INT, INT, *[POINTER] * 4, LONG, POINTER, LONG, LONG, LONG, POINTER),
     "norm": (INT, POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
     "norm_slope": (POINTER, POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
     "rotate": (INT, POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER),
@@ -52,11 +53,15 @@ class Coded:
 
 @dataclass(frozen=True, slots=True)
 class Integers:
-    """Weights as `Kernels.integers` reads them: codes (panels, K / 4, 32, 4) uint8, 128 above their value, and scales
-    (panels, K / GROUP, 32) fp32. W = (code - 128) * scale."""
+    """Weights as `Kernels.integers` reads them: of four inputs at a time the codes of a panel's 32 outputs.
+
+    codes (panels, K / 4, 32, 4) uint8, 128 above their value, or (panels, K / 4, 16, 4) uint8, 8 above it, output i in
+    the low half and output i + 16 in the high one; scales and offsets as in `Coded`, groups multiples of SHARE.
+    """
 
     codes: Tensor
     scales: Tensor
+    offsets: Tensor | None = None
 
 
 class Kernels:
@@ -114,11 +119,17 @@ class Kernels:
         return y
 
     def integers(self, x: Tensor, weights: Integers, bias: Tensor | None, out_features: int) -> Tensor:
-        """x (T, K) fp32, rounded to 8 bits in groups → x Wᵀ + b (T, N) fp32. Where `multiplies_integers` says so."""
-        x = x.contiguous()
+        """x (T, K) bf16 or fp32, bias alike → x Wᵀ + b (T, N). Where `multiplies_integers` says so.
+
+        x is rounded to 8 bits, 32 or 64 neighbours to a scale. A row is the same to the last bit in any batch.
+        """
+        x, codes, scales = x.contiguous(), weights.codes, weights.scales
         (m, k), y = x.shape, x.new_empty(x.shape[0], out_features)
-        packed = (weights.codes.data_ptr(), weights.scales.data_ptr(), None if bias is None else bias.data_ptr())
-        self._call["integers"](x.data_ptr(), *packed, m, out_features, k, y.data_ptr())
+        bits, kept = codes.shape[2] // (PANEL // 8), SCALES.index(scales.dtype)
+        packed = [None if t is None else t.data_ptr() for t in (codes, scales, weights.offsets)]
+        b = None if bias is None else bias.data_ptr()
+        group = k // scales.shape[1]
+        self._call["integers"](bits, kept, _wide(x), x.data_ptr(), *packed, group, b, m, out_features, k, y.data_ptr())
         return y
 
     def norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -161,6 +161,7 @@ class _Engine(Collector):
             "model_revision": info.weights,
             "level": info.level,
             "dtype": info.dtype,
+            "compute": info.compute,
         }
         yield _gauge("build_info", "What runs.", build, 1)
 

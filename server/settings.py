@@ -62,6 +62,7 @@ class Settings(BaseSettings):
     model: str = Field("smollm2-135m", min_length=1, description="checkpoint folder, or a name that was pulled")
     level: str | None = Field(None, description="compression level to quantise to while loading")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="compute dtype")
+    compute: Literal["auto", "bf16", "int8"] = Field("auto", description="products of linears; int8 rounds inputs")
     device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d{1,3})?)$", description="auto, cpu, cuda or cuda:1")
     base: str | None = Field(None, description="dense folder or digest, for a checkpoint without a manifest")
     served_model_name: str | None = Field(

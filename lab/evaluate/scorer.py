@@ -1,6 +1,6 @@
 """Scores of one model, each condition computed once: those without the prompt at hand are the same for all prompts.
 
-Knows a loaded model and a folder; a file there belongs to weights, dtype, device, windows, prompt and teacher.
+Knows a loaded model and a folder; a file there belongs to weights, numerics, device, windows, prompt and teacher.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Scorer:
             "version": version("promptstitch"),
             "weights": who.weights,
             "dense": teacher and teacher.weights,
-            "numerics": [str(model.dtype), str(model.device)],
+            "numerics": [self.loaded.compute, str(model.device)],
             "windows": windows.digest,
             "prompt": prompt and prompt.digest,
         }

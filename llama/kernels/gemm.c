@@ -108,17 +108,9 @@ EVERY(tile16, 16)
 A_FEW(tile8, 8)
 A_FEW(tile4, 4)
 
-/* Scales or offsets of a panel's group, 32 of them. */
-INLINE void factors(const struct weights *w, const char *from, long panel, long group, __m512 *left, __m512 *right) {
-    long at = (panel * (w->k / w->group) + group) * PANEL;
-    if (w->kept == 2) {
-        const __m256i *halves = (const __m256i *)(from + 2 * at);
-        *left = _mm512_cvtph_ps(_mm256_loadu_si256(halves));
-        *right = _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1));
-        return;
-    }
-    *left = load(from, at, 0xffff, w->kept);
-    *right = load(from, at + LANES, 0xffff, w->kept);
+/* Where the scales and offsets of a panel's group begin. */
+INLINE long group_at(const struct weights *w, long panel, long group) {
+    return (panel * (w->k / w->group) + group) * PANEL;
 }
 
 /* Inputs from .. to of a panel of codes as fp32 (inputs, 32). */
@@ -126,8 +118,9 @@ INLINE void unpack(const int bits, const struct weights *w, __m512 table, long p
     const uint8_t *at = w->panels + (panel * w->k + from) * bytes_of(bits);
     for (long i = from; i < to;) {
         __m512 scale[2], offset[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-        factors(w, w->scales, panel, i / w->group, &scale[0], &scale[1]);
-        if (w->offsets) factors(w, w->offsets, panel, i / w->group, &offset[0], &offset[1]);
+        long group = group_at(w, panel, i / w->group);
+        factors(w->scales, w->kept, group, &scale[0], &scale[1]);
+        if (w->offsets) factors(w->offsets, w->kept, group, &offset[0], &offset[1]);
         long end = (i / w->group + 1) * w->group;
         for (end = end < to ? end : to; i < end; i++, at += bytes_of(bits), out += PANEL) {
             __m512 left, right;
@@ -155,7 +148,7 @@ AVX512 static void by_groups(const struct weights *w, __m512 table, long panel, 
         const uint8_t *at = w->panels + (panel * w->k + from) * bytes_of(w->bits);
         (w->bits == 8 ? tile8 : tile4)(rows, w->group, x + TILE * from, at, table, part);
         __m512 scale[2];
-        factors(w, w->scales, panel, from / w->group, &scale[0], &scale[1]);
+        factors(w->scales, w->kept, group_at(w, panel, from / w->group), &scale[0], &scale[1]);
         for (int i = 0; i < rows * 2; i++) {
             __m512 sum = _mm512_loadu_ps(sums + LANES * i);
             _mm512_storeu_ps(sums + LANES * i, _mm512_fmadd_ps(_mm512_loadu_ps(part + LANES * i), scale[i % 2], sum));

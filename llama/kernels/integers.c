@@ -1,121 +1,180 @@
-/* y = x Wᵀ + b in integers: weights and inputs of 8 bits, products summed exactly by AVX-512 VNNI.
+/* y = x Wᵀ + b in integers: weights of 8 or 4 bits, inputs of 8, products summed exactly by AVX-512 VNNI.
  *
- * Every GROUP inputs share a scale, of a weight's output as of a row of x, so what is summed as integers is one group's
- * share of an output; across groups fp32 sums. Weights lie in panels of 32 outputs, four inputs of each output side by
- * side, 128 above their value, since the instruction wants one side unsigned; what that adds is known beforehand.
+ * Weights lie in panels of 32 outputs, four inputs of each output side by side: bytes 128 above their value, or halves
+ * of bytes 8 above it, outputs 0..15 in the low halves; the instruction wants one side unsigned, and what that adds is
+ * known beforehand. Every `group` inputs of an output share a scale and perhaps an offset: W = code * scale + offset.
+ * Inputs are rounded here, every `share` of a row to a grid that the largest of them spans; only from share to share
+ * fp32 sums. So an output is the same to the last bit whichever rows stand beside its own.
  */
 #include "vectors.h"
 
 #include <math.h>
 
 #define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512vnni")))
-#define PANEL 32 /* outputs: two vectors */
-#define TILE 12  /* rows of x at once: 24 sums, which leaves registers for two weights and an input */
-#define GROUP 64 /* inputs that share a scale */
-#define FOURS (GROUP / 4)
+#define PANEL 32   /* outputs: two vectors */
+#define TILE 12    /* rows of x at once: 24 sums, which leaves registers for two weights and an input */
+#define AHEAD 6144 /* bytes that are asked for early, into the next page, where prefetchers do not go */
+
+/* sum + w · x, four bytes a lane. gcc 12 keeps the intrinsic's sums in memory. */
+#define DOT(sum, w, x) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x))
 
 int promptstitch_integers_supported(void) { return __builtin_cpu_supports("avx512vnni"); }
 
-/* Rows of x in integers, a tile side by side: codes (K / 4, TILE, 4); scales and shifts (K / GROUP, TILE). */
+struct weights {
+    const uint8_t *codes;
+    const char *scales, *offsets; /* (panels, groups, 32); offsets or NULL */
+    long k, group, share;         /* share divides group */
+    int bits, kept;               /* kept: as `factors` has it */
+};
+
+/* Rows of x in integers, a tile side by side: codes (K / 4, rows, 4); scales and sums of codes (K / share, rows). */
 struct tile {
     int8_t *codes;
     float *scales;
-    int32_t *shifts; /* -128 times a group's sum of codes */
+    int32_t *sums;
 };
 
-static inline size_t tile_bytes(long k) { return TILE * (k + 8 * (k / GROUP)); }
+static inline size_t tile_bytes(const struct weights *w, long rows) { return rows * (w->k + 8 * (w->k / w->share)); }
 
-static inline struct tile tile_at(void *tiles, long k, long number) {
-    char *at = (char *)tiles + tile_bytes(k) * number;
-    return (struct tile){(int8_t *)at, (float *)(at + TILE * k), (int32_t *)(at + TILE * (k + 4 * (k / GROUP)))};
+static inline struct tile tile_at(void *tiles, const struct weights *w, long rows, long number) {
+    char *at = (char *)tiles + tile_bytes(w, rows) * number;
+    return (struct tile){(int8_t *)at, (float *)(at + rows * w->k), (int32_t *)(at + rows * (w->k + 4 * (w->k / w->share)))};
 }
 
-/* Rows of x (rows, K), each group rounded to a grid that its largest value spans. */
-AVX512 static void encode(const float *x, long k, int rows, struct tile out) {
-    for (int r = 0; r < TILE; r++)
-        for (long g = 0; g < k / GROUP; g++) {
-            __m512 value[GROUP / LANES], largest = _mm512_setzero_ps();
-            __mmask16 nan = 0; /* has no integer, and must not become one: its group's scale is made NaN */
-            for (int i = 0; i < GROUP / LANES; i++) {
-                value[i] = r < rows ? _mm512_loadu_ps(x + r * k + g * GROUP + i * LANES) : _mm512_setzero_ps();
-                largest = _mm512_max_ps(largest, _mm512_abs_ps(value[i]));
-                nan |= _mm512_cmp_ps_mask(value[i], value[i], _CMP_UNORD_Q);
-            }
-            float most = nan ? NAN : _mm512_reduce_max_ps(largest);
-            __m512 steps = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
-            __m512i sum = _mm512_setzero_si512();
-            for (int i = 0; i < GROUP / LANES; i++) {
-                __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(value[i], steps));
-                sum = _mm512_add_epi32(sum, codes);
-                __m128i bytes = _mm512_cvtsepi32_epi8(codes);
-                int32_t fours[4];
-                _mm_storeu_si128((__m128i *)fours, bytes);
-                for (int j = 0; j < 4; j++)
-                    ((int32_t *)out.codes)[(g * FOURS + i * 4 + j) * TILE + r] = fours[j];
-            }
-            out.scales[g * TILE + r] = most / 127.0f;
-            out.shifts[g * TILE + r] = -128 * _mm512_reduce_add_epi32(sum);
+/* Row r of a tile. */
+INLINE void encode(const int wide, const char *x, const struct weights *w, int r, int rows, struct tile out) {
+    const int vectors = (int)(w->share / LANES);
+    for (long g = 0; g < w->k / w->share; g++) {
+        __m512 value[4], largest = _mm512_setzero_ps();
+        __mmask16 nan = 0; /* has no integer, and must not become one: its share's scale is made NaN */
+        for (int i = 0; i < vectors; i++) {
+            value[i] = load(x, g * w->share + i * LANES, 0xffff, wide);
+            largest = _mm512_max_ps(largest, _mm512_abs_ps(value[i]));
+            nan |= _mm512_cmp_ps_mask(value[i], value[i], _CMP_UNORD_Q);
         }
-}
-
-/* A tile of x over one panel -> sums (TILE, 32). */
-VNNI static void over_panel(struct tile x, const uint8_t *codes, const float *scales, long k, float *sums) {
-    for (int i = 0; i < 2 * TILE; i++) _mm512_storeu_ps(sums + LANES * i, _mm512_setzero_ps());
-    for (long g = 0; g < k / GROUP; g++, codes += GROUP * PANEL, scales += PANEL) {
-        const int32_t *fours = (const int32_t *)x.codes + g * FOURS * TILE;
-        __m512i sum[TILE][2];
-#pragma GCC unroll 12
-        for (int r = 0; r < TILE; r++) sum[r][0] = sum[r][1] = _mm512_set1_epi32(x.shifts[g * TILE + r]);
-#pragma GCC unroll 16
-        for (int i = 0; i < FOURS; i++) {
-            __m512i left = _mm512_loadu_si512(codes + i * 4 * PANEL), right = _mm512_loadu_si512(codes + i * 4 * PANEL + 64);
-#pragma GCC unroll 12
-            for (int r = 0; r < TILE; r++) {
-                __m512i input = _mm512_set1_epi32(fours[i * TILE + r]);
-                sum[r][0] = _mm512_dpbusd_epi32(sum[r][0], left, input);
-                sum[r][1] = _mm512_dpbusd_epi32(sum[r][1], right, input);
-            }
+        float most = nan ? NAN : _mm512_reduce_max_ps(largest);
+        __m512 steps = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
+        __m512i sum = _mm512_setzero_si512();
+        for (int i = 0; i < vectors; i++) {
+            __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(value[i], steps));
+            sum = _mm512_add_epi32(sum, codes);
+            int32_t fours[4];
+            _mm_storeu_si128((__m128i *)fours, _mm512_cvtsepi32_epi8(codes));
+            for (int j = 0; j < 4; j++)
+                ((int32_t *)out.codes)[(g * (w->share / 4) + i * 4 + j) * rows + r] = fours[j];
         }
-        __m512 left = _mm512_loadu_ps(scales), right = _mm512_loadu_ps(scales + LANES);
-#pragma GCC unroll 12
-        for (int r = 0; r < TILE; r++) {
-            __m512 scale = _mm512_set1_ps(x.scales[g * TILE + r]);
-            float *at = sums + PANEL * r;
-            __m512 a = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][0]), scale);
-            __m512 b = _mm512_mul_ps(_mm512_cvtepi32_ps(sum[r][1]), scale);
-            _mm512_storeu_ps(at, _mm512_fmadd_ps(a, left, _mm512_loadu_ps(at)));
-            _mm512_storeu_ps(at + LANES, _mm512_fmadd_ps(b, right, _mm512_loadu_ps(at + LANES)));
-        }
+        out.scales[g * rows + r] = most / 127.0f;
+        out.sums[g * rows + r] = _mm512_reduce_add_epi32(sum);
     }
 }
 
-/* x (M, K) -> y (M, N), both fp32; codes (ceil(N / 32), K / 4, 32, 4), scales (ceil(N / 32), K / 64, 32); bias (N,) or
- * NULL; K a multiple of 64. */
-AVX512 void promptstitch_integers(const float *x, const uint8_t *codes, const float *scales, const float *bias, long m,
-                                  long n, long k, float *y) {
+AVX512 static void encode_wide(const char *x, const struct weights *w, int r, int rows, struct tile out) {
+    encode(1, x, w, r, rows, out);
+}
+
+AVX512 static void encode_narrow(const char *x, const struct weights *w, int r, int rows, struct tile out) {
+    encode(0, x, w, r, rows, out);
+}
+
+/* A tile of x over one panel -> sums (rows, 32). With few rows the inputs are dealt out to several sums, since one sum
+ * has to wait for itself. */
+static inline __attribute__((always_inline)) VNNI void over(const int rows, const int bits, const struct weights *w, long panel,
+                                                            struct tile x, float *sums) {
+    const int ways = rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+    const __m512i low = _mm512_set1_epi8(15);
+    const uint8_t *at = w->codes + panel * w->k * (PANEL / 8 * bits);
+    for (int i = 0; i < 2 * rows; i++) _mm512_storeu_ps(sums + LANES * i, _mm512_setzero_ps());
+    for (long g = 0; g < w->k / w->share; g++) {
+        const int32_t *fours = (const int32_t *)x.codes + g * (w->share / 4) * rows;
+        __m512i sum[4][TILE][2];
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) {
+            sum[0][r][0] = sum[0][r][1] = _mm512_set1_epi32((bits == 8 ? -128 : -8) * x.sums[g * rows + r]);
+#pragma GCC unroll 4
+            for (int v = 1; v < ways; v++) sum[v][r][0] = sum[v][r][1] = _mm512_setzero_si512();
+        }
+        for (long i = 0; i < w->share / 4; i += ways)
+#pragma GCC unroll 4
+            for (int v = 0; v < ways; v++, at += 16 * bits) {
+                __m512i left = _mm512_loadu_si512(at), right;
+                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+                if (bits == 8) {
+                    right = _mm512_loadu_si512(at + 64);
+                    _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
+                } else {
+                    right = _mm512_and_si512(_mm512_srli_epi16(left, 4), low);
+                    left = _mm512_and_si512(left, low);
+                }
+#pragma GCC unroll 12
+                for (int r = 0; r < rows; r++) {
+                    __m512i input = _mm512_set1_epi32(fours[(i + v) * rows + r]);
+                    DOT(sum[v][r][0], left, input);
+                    DOT(sum[v][r][1], right, input);
+                }
+            }
+        long group = (panel * (w->k / w->group) + g * w->share / w->group) * PANEL;
+        __m512 scale[2], offset[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+        factors(w->scales, w->kept, group, &scale[0], &scale[1]);
+        if (w->offsets) factors(w->offsets, w->kept, group, &offset[0], &offset[1]);
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+#pragma GCC unroll 4
+                for (int v = 1; v < ways; v++) sum[0][r][half] = _mm512_add_epi32(sum[0][r][half], sum[v][r][half]);
+                __m512 step = _mm512_set1_ps(x.scales[g * rows + r]), total = _mm512_loadu_ps(sums + PANEL * r + LANES * half);
+                total = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[0][r][half]), step), scale[half], total);
+                if (w->offsets) {
+                    __m512 inputs = _mm512_mul_ps(_mm512_set1_ps((float)x.sums[g * rows + r]), step);
+                    total = _mm512_fmadd_ps(inputs, offset[half], total);
+                }
+                _mm512_storeu_ps(sums + PANEL * r + LANES * half, total);
+            }
+    }
+}
+
+#define ROWS(n) case n: return over(n, bits, w, panel, x, sums);
+#define EVERY(name, bits_)                                                                                        \
+    VNNI static void name(int rows, const struct weights *w, long panel, struct tile x, float *sums) {            \
+        const int bits = bits_;                                                                                   \
+        switch (rows) {                                                                                           \
+            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11)             \
+            default: return over(TILE, bits, w, panel, x, sums);                                                  \
+        }                                                                                                         \
+    }
+EVERY(over8, 8)
+EVERY(over4, 4)
+
+/* x (M, K) -> y (M, N); bias (N,) or NULL; `bits` 8 or 4; `wide`: x, bias and y are fp32, not bf16; `group` a multiple
+ * of 32 that divides K. */
+AVX512 void promptstitch_integers(int bits, int kept, int wide, const char *x, const uint8_t *codes, const char *scales,
+                                  const char *offsets, long group, const char *bias, long m, long n, long k, char *y) {
     static __thread struct scratch shared;
-    const long tiles = (m + TILE - 1) / TILE, panels = (n + PANEL - 1) / PANEL;
-    void *encoded = reserve(&shared, tile_bytes(k) * tiles);
+    const struct weights w = {codes, scales, offsets, k, group, group % 64 ? 32 : 64, bits, kept};
+    const long size = wide ? 4 : 2, panels = (n + PANEL - 1) / PANEL;
+    long tiles = (m + TILE - 1) / TILE;
+    const int even = (int)((m + tiles - 1) / tiles); /* rows a tile: 11, 11 and 10 rather than 12, 12 and 8 */
+    tiles = (m + even - 1) / even;
+    void *encoded = reserve(&shared, tile_bytes(&w, even) * tiles);
 #pragma omp parallel
     {
 #pragma omp for
-        for (long t = 0; t < tiles; t++) {
-            long rows = m - t * TILE < TILE ? m - t * TILE : TILE;
-            encode(x + t * TILE * k, k, (int)rows, tile_at(encoded, k, t));
-        }
+        for (long r = 0; r < tiles * even; r++) /* what a tile lacks repeats the last row */
+            (wide ? encode_wide : encode_narrow)(x + (r < m ? r : m - 1) * k * size, &w, (int)(r % even), even,
+                                                 tile_at(encoded, &w, even, r / even));
 #pragma omp for schedule(static)
         for (long p = 0; p < panels; p++) {
             long left = n - p * PANEL;
             __mmask16 here = first(left), beyond = left > LANES ? first(left - LANES) : 0;
-            __m512 b0 = bias ? load(bias, p * PANEL, here, 1) : _mm512_setzero_ps();
-            __m512 b1 = bias ? load(bias, p * PANEL + LANES, beyond, 1) : _mm512_setzero_ps();
+            __m512 b0 = bias ? load(bias, p * PANEL, here, wide) : _mm512_setzero_ps();
+            __m512 b1 = bias ? load(bias, p * PANEL + LANES, beyond, wide) : _mm512_setzero_ps();
             for (long t = 0; t < tiles; t++) {
                 float sums[TILE * PANEL];
-                over_panel(tile_at(encoded, k, t), codes + p * PANEL * k, scales + p * PANEL * (k / GROUP), k, sums);
-                for (long r = 0; r < TILE && t * TILE + r < m; r++) {
-                    float *out = y + (t * TILE + r) * n + p * PANEL;
-                    store(out, 0, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r), b0), here, 1);
-                    store(out, LANES, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r + LANES), b1), beyond, 1);
+                (bits == 8 ? over8 : over4)(even, &w, p, tile_at(encoded, &w, even, t), sums);
+                for (long r = 0, row = t * even; r < even && row < m; r++, row++) {
+                    long at = row * n + p * PANEL;
+                    store(y, at, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r), b0), here, wide);
+                    store(y, at + LANES, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r + LANES), b1), beyond, wide);
                 }
             }
         }

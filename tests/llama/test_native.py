@@ -11,7 +11,7 @@ from llama.formats.bitsandbytes import NF4_VALUES
 from llama.integers import IntegerLinear, rounded
 from llama.linear import DenseLinear
 from llama.packed import TWOS_COMPLEMENT
-from llama.panels import PanelLinear
+from llama.panels import IntegerPanelLinear, PanelLinear
 from llama.pointwise import norm, swiglu
 from llama.rope import Rotation, rotate
 
@@ -48,9 +48,9 @@ needs_integers = pytest.mark.skipif(
 )
 
 
-def on_a_grid(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """x (T, K) as integers (T, groups, 64) and scales (T, groups, 1), as the kernel rounds it."""
-    groups = x.view(len(x), -1, native.GROUP)
+def on_a_grid(x: torch.Tensor, share: int = native.GROUP) -> tuple[torch.Tensor, torch.Tensor]:
+    """x (T, K) as integers (T, groups, share) and scales (T, groups, 1), as the kernel rounds it."""
+    groups = x.view(len(x), -1, share)
     largest = groups.abs().amax(-1, keepdim=True)
     return (groups * (torch.full_like(largest, 127) / largest).nan_to_num(posinf=0)).round(), largest / 127
 
@@ -99,6 +99,39 @@ def test_the_derivative_of_a_product_of_integers():
     dy = random(30, 128).float()
     (slope,) = torch.autograd.grad(IntegerLinear(kernels, weight)(x), x, dy)
     assert (slope - dy @ weight).norm() < 0.02 * slope.norm()
+
+
+@needs_integers
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("offsets", [False, True])
+@pytest.mark.parametrize(("group", "scales"), [(32, torch.float16), (64, torch.float32), (192, torch.bfloat16)])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_packed_integers_times_inputs_on_a_grid(bits, group, scales, offsets, dtype):
+    """Exact sums within a share of the inputs; whichever rows are beside it, a row's outputs are the same bits."""
+    n, k, share = 77, 192, 64 if group % 64 == 0 else 32
+    generator = torch.Generator().manual_seed(bits)
+    codes = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), (n, k), generator=generator).to(torch.int8)
+    scale = torch.rand(n, k // group, generator=generator).to(scales)
+    shift = torch.randn(n, k // group, generator=generator).to(scales) if offsets else None
+    bias, cpu = random(n).to(dtype), torch.device("cpu")
+    layer = IntegerPanelLinear(kernels, (n, k), bits, group, scales, dtype, cpu, bias, with_offsets=offsets)
+    for start, stop in ((0, 32), (32, 77)):
+        layer.fill(start, codes[start:stop], scale[start:stop], None if shift is None else shift[start:stop])
+    meant = codes.double().view(n, -1, group) * scale.double()[..., None]
+    meant = (meant + (0 if shift is None else shift.double()[..., None])).view(n, k)
+    torch.testing.assert_close(layer.dense(), meant.to(dtype))
+    ids = torch.tensor([3, 76, 31, 3])
+    assert torch.equal(layer.gather(ids), layer.dense()[ids])
+    x = random(40, k).to(dtype)
+    x[1] = 0
+    inputs, steps = on_a_grid(x.float(), share)
+    exact = F.linear((inputs.double() * steps.double()).view(40, k), meant, bias.double())
+    whole = layer(x)
+    rounding = BF16_ROUNDING if dtype == torch.bfloat16 else 1e-5
+    torch.testing.assert_close(whole.double(), exact, rtol=rounding, atol=1e-5 * float(exact.abs().max()))
+    for rows in [*range(1, 14), 25]:
+        assert torch.equal(layer(x[:rows]), whole[:rows])
+        assert torch.equal(layer(x[40 - rows :]), whole[40 - rows :])
 
 
 @pytest.mark.parametrize("scales", native.SCALES)

@@ -100,7 +100,7 @@ class FakeEngine:
             model="tiny", base=BASE, level=LEVEL, weights=WEIGHTS, dtype="float32", kv_dtype="float32", device="cpu",
             vocab_size=VOCAB, hidden_size=HIDDEN, num_layers=2, num_kv_heads=2, head_dim=4,
             max_model_len=max_model_len, max_virtual_tokens=64, page_size=16, num_pages=1024,
-            chat_template=TEMPLATE, weight_bytes=1000, kv_bytes=1000,
+            chat_template=TEMPLATE, weight_bytes=1000, kv_bytes=1000, compute="float32",
         )  # fmt: skip
         self.held = threading.Event()  # set: nothing moves, but commands
         self.wedged = threading.Event()  # set: the loop itself stands still

@@ -80,7 +80,7 @@ def test_the_best_of_several_texts(model):
     texts = made(torch.randint(250, (6, 8), generator=torch.Generator().manual_seed(0)).tolist())
     select = made([[5, 6, 7, 8], [9, 10, 11, 12]], document=50)
     like = rows(3, model.config.hidden_size)
-    scorer = Scorer(LoadedModel(model, Identity("tiny", BASE, "w4g64", "w"), 0, 0))
+    scorer = Scorer(LoadedModel(model, Identity("tiny", BASE, "w4g64", "w"), 0, 0, "float32"))
     best, tried = best_prefix(scorer, like, Choice(texts, select, k=4))
     assert len(tried) == 4
     assert score(model, select, best).perplexity == min(tried)

@@ -18,7 +18,7 @@ from llama.load import LoadedModel
 
 
 def loaded(seed=0, weights="w"):
-    return LoadedModel(ours(reference(seed)), Identity("tiny", BASE, "w4g64", weights), 0, 0)
+    return LoadedModel(ours(reference(seed)), Identity("tiny", BASE, "w4g64", weights), 0, 0, "float32")
 
 
 def made(seed=0):

@@ -17,7 +17,7 @@ from llama.load import LoadedModel
 
 
 def loaded(seed=0, dtype=torch.float32, weights="w"):
-    return LoadedModel(ours(reference(seed), dtype), Identity("tiny", "b", "dense", weights), 0, 0)
+    return LoadedModel(ours(reference(seed), dtype), Identity("tiny", "b", "dense", weights), 0, 0, "float32")
 
 
 def made(seed=3):
