@@ -18,6 +18,7 @@ from engine.pages import BLANK_PAGE
 from llama.config import LlamaConfig
 from llama.model import Attend
 from llama.native import LANES, Kernels, kernels
+from llama.step import Pages
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,10 @@ class NativeAttention:
         self._rows = torch.tensor([row for row, _ in tokens], dtype=torch.int32)
         self._lengths = torch.tensor([at + 1 for _, at in tokens], dtype=torch.int32)
         self._slots = torch.tensor([slot for span in spans for slot in kv.slots(span)])
+
+    @property
+    def pages(self) -> Pages:
+        return Pages(self._kv.keys, self._kv.values, self._slots, self._tables, self._rows, self._lengths)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self._kv.keys[layer], self._kv.values[layer]

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from engine import stitch
-from engine.attention import KVPages, Span, attend
+from engine.attention import KVPages, NativeAttention, Span, attend
 from engine.scheduler import Batch, Chunk
-from llama.model import Llama
+from llama.model import Attend, Llama
+from llama.step import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +32,7 @@ class Runner:
     def __init__(self, model: Llama, kv: KVPages) -> None:
         self.model = model
         self.kv = kv
+        self._step = Step.of(model)
 
     def run(self, batch: Batch) -> StepOutput:
         """Compute `batch.chunks`, which must stand with their single tokens first."""
@@ -44,8 +46,17 @@ class Runner:
         spans = [Span(c.sequence.table, c.sequence.ticket.soft_tokens + c.start, c.end - c.start) for c in chunks]
         ids = self._tensor([token for c in chunks for token in c.sequence.tokens[c.start : c.end]])
         positions = self._tensor([at for span in spans for at in range(span.start, span.end)])
-        hidden = self.model(self.model.embed(ids), positions, attend(self.kv, spans))
-        return self._logits(hidden, chunks, spans)
+        return self._logits(self._hidden(ids, positions, attend(self.kv, spans)), chunks, spans)
+
+    def _hidden(self, ids: Tensor, positions: Tensor, attention: Attend) -> Tensor:
+        """ids, positions (T,) → (T, H) after the last norm."""
+        model, x = self.model, self.model.embed(ids)
+        hidden: Tensor
+        if self._step is not None and isinstance(attention, NativeAttention):
+            hidden = model.norm(self._step(x, model.rope.tables(positions), attention.pages))
+        else:
+            hidden = model(x, positions, attention)
+        return hidden
 
     def _logits(self, hidden: Tensor, chunks: list[Chunk], spans: list[Span]) -> StepOutput:
         """Only for the rows that are looked at."""

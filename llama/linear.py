@@ -40,6 +40,10 @@ class Linear(nn.Module):
     def prepare(self) -> None:
         """Rearrange the weights for serving, in place. Does nothing by default."""
 
+    def native(self) -> native.Product | None:
+        """The product as our kernels do it in bf16; None where another one multiplies."""
+        return None
+
 
 class OpaqueLinear(Linear):
     """A product that autograd cannot see into: `product` multiplies by any kernel, `pullback` is its derivative."""
@@ -96,6 +100,12 @@ class DenseLinear(OpaqueLinear):
             return ours.linear(x, self.panels, self.bias, self.out_features)
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.prepacked, self.bias, "none", [], "")
         return y
+
+    def native(self) -> native.Product | None:
+        ours = native.kernels()
+        if self.panels is None or ours is None:
+            return None
+        return ours.product_of(self.panels, self.bias, self.out_features, self.in_features)
 
     def dense(self) -> Tensor:
         if self.weight is not None:

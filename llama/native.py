@@ -11,6 +11,7 @@ import ctypes
 import importlib.util
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,6 +26,7 @@ POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes
 SIGNATURES = {
     "panels": (POINTER, LONG, LONG, POINTER),
     "gemm": (INT, INT, INT, *[POINTER] * 5, LONG, POINTER, LONG, LONG, LONG, POINTER),
+    "step": (POINTER,) * 7,
     "integers": (INT, INT, INT, *[POINTER] * 4, LONG, POINTER, LONG, LONG, LONG, POINTER),
     "norm": (INT, POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
     "norm_slope": (POINTER, POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
@@ -34,6 +36,16 @@ SIGNATURES = {
     "write": (INT, POINTER, LONG, POINTER, LONG, POINTER, LONG, LONG, POINTER, POINTER),
     "attention": (INT, POINTER, LONG, *[POINTER] * 3, LONG, *[POINTER] * 2, *[LONG] * 5, FLOAT, POINTER),
 }
+
+
+class Product(ctypes.Structure):
+    """y = x Wᵀ + b of one layer in bf16, as `step.c` has it: addresses, which the layer must outlive."""
+
+    _fields_ = [
+        *((name, POINTER) for name in ("weights", "scales", "offsets", "values", "bias")),
+        *((name, LONG) for name in ("outputs", "inputs", "group")),
+        *((name, INT) for name in ("integers", "bits", "kept", "unused")),
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +91,21 @@ class Kernels:
     def dot_gain(self) -> float:
         """Products a second of the bf16 dot product, which this CPU must have, over those of fp32's multiply-add."""
         return float(self._dot_gain())
+
+    def product_of(self, weights: Tensor | Coded | Integers, bias: Tensor | None, outputs: int, inputs: int) -> Product:
+        """What `linear` (panels), `coded` or `integers` would do, for `step`."""
+        if isinstance(weights, Tensor):
+            return Product(weights.data_ptr(), None, None, None, _address(bias), outputs, inputs, inputs, 0, 16, 0)
+        values = weights.values if isinstance(weights, Coded) else None
+        packed = (weights.codes, weights.scales, weights.offsets, values, bias)
+        group, integers = inputs // weights.scales.shape[1], isinstance(weights, Integers)
+        bits = weights.codes.shape[2] // (PANEL // 8)
+        kept = SCALES.index(weights.scales.dtype)
+        return Product(*map(_address, packed), outputs, inputs, group, integers, bits, kept)
+
+    def step(self, *addresses: ctypes.Structure | ctypes.Array[Any] | Tensor) -> None:
+        """Of `llama.step`, which says what they are."""
+        self._call["step"](*(a.data_ptr() if isinstance(a, Tensor) else ctypes.addressof(a) for a in addresses))
 
     def panels(self, weight: Tensor) -> Tensor:
         """W (N, K) → (ceil(N / 32), K, 16) int32, as `linear` reads it."""
@@ -217,6 +244,10 @@ def fused(x: Tensor) -> Kernels | None:
 def differentiated(x: Tensor) -> bool:
     """Whether somebody asks for a gradient by x."""
     return x.requires_grad and torch.is_grad_enabled()
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _wide(x: Tensor) -> bool:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from llama.native import PANEL, SHARE, Coded, Integers, Kernels
+from llama.native import PANEL, SHARE, Coded, Integers, Kernels, Product
 from llama.packed import PackedLinear
 
 HALF = PANEL // 2
@@ -71,9 +71,16 @@ class PanelLinear(PackedLinear):
             self.offsets[panels] = _across(offsets.view(len(codes), -1).to(self.offsets.dtype))
 
     def product(self, x: Tensor) -> Tensor:
-        return self.kernels.coded(
-            x, Coded(self.codes, self.scales, self.offsets, self.values), self.bias, self.out_features
-        )
+        return self.kernels.coded(x, self._packed, self.bias, self.out_features)
+
+    def native(self) -> Product | None:
+        if self.order is not None or self.dtype != torch.bfloat16:
+            return None
+        return self.kernels.product_of(self._packed, self.bias, self.out_features, self.in_features)
+
+    @property
+    def _packed(self) -> Coded:
+        return Coded(self.codes, self.scales, self.offsets, self.values)
 
     def rows(self, start: int, stop: int) -> Tensor:
         panels = slice(start // PANEL, -(-stop // PANEL))
@@ -134,7 +141,16 @@ class IntegerPanelLinear(PackedLinear):
             self.offsets[panels] = _across(offsets.view(len(codes), -1).to(self.offsets.dtype))
 
     def product(self, x: Tensor) -> Tensor:
-        return self.kernels.integers(x, Integers(self.codes, self.scales, self.offsets), self.bias, self.out_features)
+        return self.kernels.integers(x, self._packed, self.bias, self.out_features)
+
+    def native(self) -> Product | None:
+        if self.order is not None or self.dtype != torch.bfloat16:
+            return None
+        return self.kernels.product_of(self._packed, self.bias, self.out_features, self.in_features)
+
+    @property
+    def _packed(self) -> Integers:
+        return Integers(self.codes, self.scales, self.offsets)
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self._weights(slice(start // PANEL, -(-stop // PANEL)))[: stop - start]
