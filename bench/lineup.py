@@ -22,12 +22,14 @@ BASE = "base"  # what the bare model is called at every contestant
 CONTEXT = 2048
 
 
-def ours(checkpoint: Path, store: Path, prompts: Path, names: tuple[str, ...]) -> Contestant:
-    """promptstitch in bf16; the prompts are uploaded once it serves."""
+def ours(checkpoint: Path, store: Path, prompts: Path, names: tuple[str, ...], level: str | None = None) -> Contestant:
+    """promptstitch in bf16, or at a level and multiplying as it does there; prompts are uploaded once it serves."""
+    name, kind = ("promptstitch", "bf16") if level is None else (f"promptstitch-{level}", level)
     command = [str(Path(sys.executable).with_name("promptstitch")), "serve", str(checkpoint), "--dtype", "bfloat16"]
-    command += ["--port", "{port}", "--store", str(store), "--served-model-name", BASE]
-    upload = functools.partial(soft_prompts.upload, folder=prompts, names=names)
-    return Contestant("promptstitch", "bf16", command, forms.named(BASE), prepare=upload)
+    command += ["--port", "{port}", "--store", str(store / name), "--served-model-name", BASE]
+    command += [] if level is None else ["--level", level]
+    upload = functools.partial(soft_prompts.upload, folder=prompts, names=names, level=level or "dense")
+    return Contestant(name, kind, command, forms.named(BASE), prepare=upload)
 
 
 def vllm(checkpoint: Path, root: Path, prompts: Path, concurrency: int) -> Contestant:

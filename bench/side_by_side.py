@@ -81,6 +81,7 @@ def main(
     rows: Annotated[int, typer.Option(help="Soft tokens of each.")] = 64,
     corpus: Annotated[Path | None, typer.Option(help="Text file to cut from; without: random words.")] = None,
     only: Annotated[str, typer.Option(help="Take contestants whose names begin so, comma-separated.")] = "",
+    levels: Annotated[str, typer.Option(help="Those of ours beside bf16, comma-separated.")] = "w4g64",
     llama_cpp: Annotated[str, typer.Option(help="Its quantisations, comma-separated.")] = "q4_0,q4_1,q8_0",
     patience: Annotated[float, typer.Option(help="Seconds to wait for an idle machine before each figure.")] = 0.0,
     restart: Annotated[bool, typer.Option(help="Start every server anew in every round, not once.")] = False,
@@ -93,7 +94,7 @@ def main(
     store = Path(tempfile.mkdtemp(prefix="side-by-side-"))
     names = soft_prompts.write_prompts(checkpoint, root / "prompts", prompts, rows)
     contestants = [
-        lineup.ours(checkpoint, store, root / "prompts", names),
+        *(lineup.ours(checkpoint, store, root / "prompts", names, level) for level in (None, *levels.split(","))),
         lineup.vllm(checkpoint, root, root / "prompts", concurrency),
         *(lineup.llama_cpp(checkpoint, root, kind, concurrency, rows) for kind in llama_cpp.split(",")),
     ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from bench.race import BARE, FIRST_TOKEN, STITCHED, Measured
 from bench.result import FirstToken, Result
 
-OURS = "promptstitch"
+OURS, PACKED = "promptstitch", "promptstitch-w4g64"
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,10 +23,11 @@ class Claim:
     peer: str | None  # beginning of its name; of several the fastest of the round counts
     at_least: float | None = None
     at_most: float | None = None
+    ours: str = OURS
 
     @property
     def text(self) -> str:
-        return f"{self.workload}: ours / {self.peer}" if self.peer else f"{self.workload}: warm prompt / none"
+        return f"{self.workload}: {self.ours} / {self.peer or 'itself without'}"
 
     def holds(self, ratio: float) -> bool:
         return ratio >= (self.at_least or 0.0) and ratio <= (self.at_most or float("inf"))
@@ -34,8 +35,9 @@ class Claim:
 
 CLAIMS = (
     Claim(STITCHED, "vllm", at_least=1.0),
-    Claim(STITCHED, "llama.cpp", at_least=2.4),
     Claim(BARE, "vllm", at_least=0.9),
+    Claim(STITCHED, "llama.cpp", at_least=4.0, ours=PACKED),
+    Claim(STITCHED, "vllm", at_least=1.6, ours=PACKED),  # across classes: its weights are bf16
     Claim(FIRST_TOKEN, None, at_most=1.15),
 )
 
@@ -71,7 +73,7 @@ def judge(measured: Sequence[Measured], claims: Sequence[Claim] = CLAIMS) -> lis
 def _ratio(one_round: Sequence[Measured], claim: Claim) -> float | None:
     """None where the round lacks a side."""
     figures = {m.contestant: m.figures for m in one_round if m.workload == claim.workload}
-    mine = figures.get(OURS)
+    mine = figures.get(claim.ours)
     if claim.peer is None:
         return mine.ratio if isinstance(mine, FirstToken) else None
     peers = [

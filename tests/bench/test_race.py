@@ -57,7 +57,7 @@ def test_rounds_take_turns_and_leave_no_process(checkpoint, tmp_path, resident):
     told = json.loads(json.dumps(report(rows, lineup, race)))
     assert told["contestants"][0]["command"].startswith("NOTHING=1 ")
     assert len(told["measured"]) == 12
-    assert told["verdicts"][0]["claim"] == "stitched: ours / vllm"
+    assert told["verdicts"][0]["claim"] == "stitched: promptstitch / vllm"
     console = Console(width=200, record=True, quiet=True)
     console.print(figures_table(rows), verdict_table(judge(rows)))
 
