@@ -62,7 +62,7 @@ RunFolder = Annotated[
 Seed = Annotated[int, typer.Option("--seed", help="Of the resamples.")]
 
 
-@takes_settings(PANELS)
+@takes_settings(PANELS, compute="the dtype")
 def evaluate(
     model: Model,
     prompt: Prompt = None,
@@ -143,7 +143,7 @@ def _evaluate(settings: Settings, asked: _Asked, folder: Path | None, steps: Ste
         dtype=chosen.dtype,
         device=chosen.device,
         identity=identity,
-        compute=chosen.compute,
+        compute=chosen.compute if "compute" in settings.model_fields_set else None,  # figures are of the weights
         progress=steps,
     )
     tokenizer = HubTokenizer(model)
