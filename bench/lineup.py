@@ -27,7 +27,7 @@ def ours(checkpoint: Path, store: Path, prompts: Path, names: tuple[str, ...], l
     name, kind = ("promptstitch", "bf16") if level is None else (f"promptstitch-{level}", level)
     command = [str(Path(sys.executable).with_name("promptstitch")), "serve", str(checkpoint), "--dtype", "bfloat16"]
     command += ["--port", "{port}", "--store", str(store / name), "--served-model-name", BASE]
-    command += [] if level is None else ["--level", level]
+    command += ["--compute", "bf16"] if level is None else ["--level", level]
     upload = functools.partial(soft_prompts.upload, folder=prompts, names=names, level=level or "dense")
     return Contestant(name, kind, command, forms.named(BASE), prepare=upload)
 
