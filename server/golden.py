@@ -18,6 +18,7 @@ from prompts_store.prompt import SoftPrompt
 from prompts_store.records import Version
 
 REMEMBERED = 4096
+OTHER_WEIGHTS = "other weights are served than those that it was learned through"
 NOT_LOADED = "the prompt has not been loaded since this server started"
 
 
@@ -36,26 +37,35 @@ class GoldenTests:
         """Test a file on its way in. Raises InvalidArtifact."""
         origin = file.provenance
         try:
-            self._check(engine, file.prompt, origin.weights, origin.golden)
+            self._check(engine, file.prompt, origin.level, origin.weights, origin.golden)
         except GoldenMismatch as error:
             raise InvalidArtifact(error.code, error.message, "golden") from error
 
     def check(self, engine: Engine, prompt: SoftPrompt, version: Version) -> None:
         """Test a stored version that is about to be served. Raises GoldenMismatch."""
-        self._check(engine, prompt, version.weights, version.golden)
+        self._check(engine, prompt, version.level, version.weights, version.golden)
 
     def told(self, version: Version, info: EngineInfo | None) -> dict[str, Any] | None:
         """The `golden` field of a version; `info` is None while nothing is served."""
         if version.golden is None:
             return None
         why = not_checked(version.weights, version.golden, version.num_virtual_tokens, info)
-        found = None if why else self._found.get((version.digest, version.golden))
-        return outcome(version.golden, found, why or NOT_LOADED)
+        found = self._found.get((version.digest, version.golden))
+        if why and not _compared(why, version.level, info):
+            found = None
+        return outcome(version.golden, found, why or (NOT_LOADED if found is None else None))
 
-    def _check(self, engine: Engine, prompt: SoftPrompt, weights: str | None, golden: Golden | None) -> None:
-        if golden is None or not_checked(weights, golden, prompt.num_virtual_tokens, engine.info):
+    def _check(
+        self, engine: Engine, prompt: SoftPrompt, level: str | None, weights: str | None, golden: Golden | None
+    ) -> None:
+        """On other weights of the same level the test is run and told, and holds nothing up."""
+        if golden is None:
             return
-        if max(golden.ids) >= engine.info.vocab_size:
+        why = not_checked(weights, golden, prompt.num_virtual_tokens, engine.info)
+        beyond = max(golden.ids) >= engine.info.vocab_size
+        if why and (beyond or not _compared(why, level, engine.info)):
+            return
+        if beyond:
             raise GoldenMismatch(f"the golden self-test has the id {max(golden.ids)}, beyond the served vocabulary")
         found = self._found.get((prompt.digest, golden))
         if found is None:
@@ -63,8 +73,9 @@ class GoldenTests:
             if len(self._found) >= REMEMBERED:
                 self._found.clear()
             self._found[prompt.digest, golden] = found
-            self._count("ok" if golden.agrees(found) else "mismatch")
-        if not golden.agrees(found):
+            if not why:
+                self._count("ok" if golden.agrees(found) else "mismatch")
+        if not why and not golden.agrees(found):
             raise GoldenMismatch(
                 f"the golden self-test expects a loss of {golden.loss:.4f} nats per token and found {found:.4f}, more "
                 f"than {golden.tolerance:.4f} off. The weights are those that the prompt was learned through, so it is "
@@ -72,12 +83,17 @@ class GoldenTests:
             )
 
 
-def outcome(golden: Golden, found: float | None, why: str) -> dict[str, Any]:
-    """What is told of a test: `why` it was not run, if it was not."""
-    if found is None:
-        return {"expected": golden.loss, "found": None, "ok": None, "not_checked": why}
-    shown = found if math.isfinite(found) else None
-    return {"expected": golden.loss, "found": shown, "ok": golden.agrees(found), "not_checked": None}
+def outcome(golden: Golden, found: float | None, why: str | None) -> dict[str, Any]:
+    """What is told of a test: `why` it was not run, or was run on weights that it does not judge."""
+    shown = found if found is not None and math.isfinite(found) else None
+    ok = None if why or found is None else golden.agrees(found)
+    return {"expected": golden.loss, "found": shown, "ok": ok, "not_checked": why}
+
+
+def _compared(why: str, level: str | None, info: EngineInfo | None) -> bool:
+    """Whether what is served is another compression to the level that the prompt was learned at: then the test tells
+    how far apart the two are."""
+    return why == OTHER_WEIGHTS and info is not None and level == info.level
 
 
 def not_checked(weights: str | None, golden: Golden, soft_tokens: int, info: EngineInfo | None) -> str | None:
@@ -86,8 +102,6 @@ def not_checked(weights: str | None, golden: Golden, soft_tokens: int, info: Eng
         return "no model is served here"
     if weights is None:
         return "the prompt does not say which weights it was learned through"
-    if weights != info.weights:
-        return "other weights are served than those that it was learned through"
     if soft_tokens + len(golden.ids) > info.max_model_len:
         return f"prompt and test do not fit into the served context of {info.max_model_len}"
-    return None
+    return None if weights == info.weights else OTHER_WEIGHTS

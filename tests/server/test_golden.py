@@ -82,16 +82,26 @@ def test_the_tolerance_is_stated(fresh):
     assert not RIGHT.agrees(float("nan"))
 
 
+def test_on_other_weights_of_its_level_it_tells_how_far_off_they_are(fresh):
+    told = upload(fresh, golden_bytes(WRONG, OTHER_WEIGHTS)).json()
+    why = "other weights are served than those that it was learned through"
+    assert told["golden"] == {"expected": 0.6, "found": 0.5, "ok": None, "not_checked": why}
+    VersionAnswer.model_validate(fresh.client.get(ONE).json())
+    assert counted(fresh, "ok") == counted(fresh, "mismatch") == 0
+    upload(fresh, golden_bytes(Golden((1, VOCAB), 0.5), OTHER_WEIGHTS, number=8))  # cannot be run, holds nothing up
+
+
 @pytest.mark.parametrize(
-    ("weights", "why"),
+    ("level", "weights", "why"),
     [
-        (None, "the prompt does not say which weights it was learned through"),
-        (OTHER_WEIGHTS, "other weights are served than those that it was learned through"),
+        (LEVEL, None, "the prompt does not say which weights it was learned through"),
+        ("w2g64", OTHER_WEIGHTS, "other weights are served than those that it was learned through"),
     ],
 )
-def test_on_other_weights_it_says_nothing_and_is_not_run(fresh, weights, why):
+def test_elsewhere_it_says_nothing_and_is_not_run(fresh, level, weights, why):
     asked = len(fresh.engine.submitted)
-    told = upload(fresh, golden_bytes(WRONG, weights)).json()
+    file = PromptFile(soft_prompt(9), Provenance(level=level, weights=weights, golden=WRONG))
+    told = upload(fresh, encode_prompt(file)).json()
     assert told["golden"] == {"expected": 0.6, "found": None, "ok": None, "not_checked": why}
     assert fresh.client.post("/v1/generate", json={"text": "a", "task": "new", "max_tokens": 1}).status_code == 200
     assert len(fresh.engine.submitted) == asked + 1
