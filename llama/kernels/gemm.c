@@ -233,6 +233,7 @@ AVX512 void promptstitch_gemm(int bits, int kept, int wide, const char *x, const
                               const char *offsets, const float *values_of, long group, const char *bias, long m, long n,
                               long k, char *y) {
     static __thread struct scratch shared;
+    if (m == 0) return; /* a step that only prefills looks at no row */
     const struct weights w = {panels, scales, offsets, values_of, k, group, bits, kept};
     const long size = wide ? 4 : 2, count = (n + PANEL - 1) / PANEL;
     long tiles = (m + TILE - 1) / TILE;

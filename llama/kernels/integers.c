@@ -150,6 +150,7 @@ EVERY(over4, 4)
 AVX512 void promptstitch_integers(int bits, int kept, int wide, const char *x, const uint8_t *codes, const char *scales,
                                   const char *offsets, long group, const char *bias, long m, long n, long k, char *y) {
     static __thread struct scratch shared;
+    if (m == 0) return; /* a step that only prefills looks at no row */
     const struct weights w = {codes, scales, offsets, k, group, group % 64 ? 32 : 64, bits, kept};
     const long size = wide ? 4 : 2, panels = (n + PANEL - 1) / PANEL;
     long tiles = (m + TILE - 1) / TILE;

@@ -36,6 +36,14 @@ def test_product_for_every_number_of_rows(tokens):
     close(got, F.linear(x.float(), weight.float(), bias.float()))
 
 
+def test_no_rows_give_none():
+    """A step of prefill chunks alone asks the head about nothing: the process died of it."""
+    nothing, weight = random(0, 64), random(40, 64)
+    assert kernels.linear(nothing, kernels.panels(weight), None, 40).shape == (0, 40)
+    if kernels.multiplies_integers:
+        assert kernels.integers(nothing, rounded(weight), None, 40).shape == (0, 40)
+
+
 @pytest.mark.parametrize(("n", "k"), [(1, 1), (15, 16), (16, 17), (31, 33), (32, 31), (33, 200), (129, 576)])
 def test_product_of_every_width(n, k):
     for tokens in (1, 2, 7, 30):
