@@ -87,7 +87,7 @@ class DenseLinear(OpaqueLinear):
         self.out_features, self.in_features = weight.shape
         self.weight: nn.Parameter | None = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
-        self.panels: Tensor | None  # as `native.Kernels.panels` lays them out
+        self.panels: Tensor | None  # as `native.Kernels.panels` or `.pairs` lays them out
         self.prepacked: Tensor | None  # as oneDNN does
         self.register_buffer("panels", None, persistent=False)
         self.register_buffer("prepacked", None, persistent=False)
@@ -120,7 +120,8 @@ class DenseLinear(OpaqueLinear):
         if weight is None or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
             return
         if ours := native.product():
-            self.panels, self.weight = ours.panels(weight.detach()), None
+            dots = native.dot_is_faster() and weight.shape[1] % 2 == 0
+            self.panels, self.weight = (ours.pairs if dots else ours.panels)(weight.detach()), None
         elif torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PREPACK_ROWS)
             self.weight = None

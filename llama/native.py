@@ -20,11 +20,13 @@ PANEL = 32  # outputs of a panel of weights
 GROUP = 64  # inputs that share a scale in `llama.integers`
 SHARE = 32  # what the groups of a product of integers are multiples of
 SCALES = (torch.bfloat16, torch.float32, torch.float16)  # what scales may be kept in, as the product numbers them
-DOT_GAIN = 1.5  # of the bf16 dot product over fp32's multiply-add: from here on oneDNN, which uses it, is ahead
+DOT_GAIN = 1.2  # of the bf16 dot product over fp32's multiply-add: from here on it is taken
 LANES = 16  # what page sizes and head widths must be multiples of
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 SIGNATURES = {
     "panels": (POINTER, LONG, LONG, POINTER),
+    "pairs": (POINTER, LONG, LONG, POINTER),
+    "dots": (*[POINTER] * 3, LONG, LONG, LONG, POINTER),
     "gemm": (INT, INT, INT, *[POINTER] * 5, LONG, POINTER, LONG, LONG, LONG, POINTER),
     "step": (POINTER,) * 7,
     "integers": (INT, INT, INT, *[POINTER] * 4, LONG, POINTER, LONG, LONG, LONG, POINTER),
@@ -44,7 +46,7 @@ class Product(ctypes.Structure):
     _fields_ = [
         *((name, POINTER) for name in ("weights", "scales", "offsets", "values", "bias")),
         *((name, LONG) for name in ("outputs", "inputs", "group")),
-        *((name, INT) for name in ("integers", "bits", "kept", "unused")),
+        *((name, INT) for name in ("kind", "bits", "kept", "unused")),  # kind: gemm, integers, dots
     ]
 
 
@@ -87,6 +89,7 @@ class Kernels:
         self._dot_gain = library.promptstitch_dot_gain
         self._dot_gain.restype = ctypes.c_double
         self.multiplies_integers = bool(library.promptstitch_integers_supported())
+        self.dots = bool(library.promptstitch_dots_supported())  # whether the CPU has the bf16 dot product
 
     def dot_gain(self) -> float:
         """Products a second of the bf16 dot product, which this CPU must have, over those of fp32's multiply-add."""
@@ -95,7 +98,8 @@ class Kernels:
     def product_of(self, weights: Tensor | Coded | Integers, bias: Tensor | None, outputs: int, inputs: int) -> Product:
         """What `linear` (panels), `coded` or `integers` would do, for `step`."""
         if isinstance(weights, Tensor):
-            return Product(weights.data_ptr(), None, None, None, _address(bias), outputs, inputs, inputs, 0, 16, 0)
+            kind, at = 2 if weights.shape[2] == PANEL else 0, weights.data_ptr()
+            return Product(at, None, None, None, _address(bias), outputs, inputs, inputs, kind, 16, 0)
         values = weights.values if isinstance(weights, Coded) else None
         packed = (weights.codes, weights.scales, weights.offsets, values, bias)
         group, integers = inputs // weights.scales.shape[1], isinstance(weights, Integers)
@@ -109,14 +113,27 @@ class Kernels:
 
     def panels(self, weight: Tensor) -> Tensor:
         """W (N, K) → (ceil(N / 32), K, 16) int32, as `linear` reads it."""
+        return self._laid_out("panels", weight, weight.shape[1], PANEL // 2)
+
+    def pairs(self, weight: Tensor) -> Tensor:
+        """W (N, K), K even → (ceil(N / 32), K / 2, 32) int32, as `linear` reads it where `dots` says so."""
+        return self._laid_out("pairs", weight, weight.shape[1] // 2, PANEL)
+
+    def _laid_out(self, layout: str, weight: Tensor, rows: int, width: int) -> Tensor:
         (n, k), weight = weight.shape, weight.contiguous()
-        panels = torch.empty(-(-n // PANEL), k, PANEL // 2, dtype=torch.int32)
-        self._call["panels"](weight.data_ptr(), n, k, panels.data_ptr())
+        panels = torch.empty(-(-n // PANEL), rows, width, dtype=torch.int32)
+        self._call[layout](weight.data_ptr(), n, k, panels.data_ptr())
         return panels
 
     def linear(self, x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        """x (T, K) → x Wᵀ + b (T, N), summed in fp32."""
-        return self._product(16, x, panels, None, None, None, x.shape[1], bias, out_features)
+        """x (T, K) bf16 → x Wᵀ + b (T, N), summed in fp32; over `panels` fp32, too, over `pairs` by the dot product."""
+        if panels.shape[2] < PANEL:
+            return self._product(16, x, panels, None, None, None, x.shape[1], bias, out_features)
+        assert x.dtype == torch.bfloat16
+        x = x.contiguous()
+        (m, k), y = x.shape, x.new_empty(x.shape[0], out_features)
+        self._call["dots"](x.data_ptr(), panels.data_ptr(), _address(bias), m, out_features, k, y.data_ptr())
+        return y
 
     def coded(self, x: Tensor, weights: Coded, bias: Tensor | None, out_features: int) -> Tensor:
         """x (T, K) bf16 or fp32, bias alike → x Wᵀ + b (T, N), summed in fp32."""
@@ -219,9 +236,11 @@ class Kernels:
 
 
 def unpanelled(panels: Tensor, out_features: int) -> Tensor:
-    """What `Kernels.panels` was given: W (N, K) bf16."""
-    pairs = panels.view(torch.bfloat16).view(*panels.shape, 2)  # (panels, K, 16, which half)
-    return pairs.permute(0, 3, 2, 1).reshape(-1, panels.shape[1])[:out_features]
+    """What `Kernels.panels` or `Kernels.pairs` was given: W (N, K) bf16."""
+    halves = panels.view(torch.bfloat16).view(*panels.shape, 2)
+    if panels.shape[2] == PANEL:  # (panels, K / 2, 32, which input)
+        return halves.transpose(1, 2).reshape(-1, 2 * panels.shape[1])[:out_features]
+    return halves.permute(0, 3, 2, 1).reshape(-1, panels.shape[1])[:out_features]  # (panels, K, 16, which half)
 
 
 @cache
@@ -256,8 +275,12 @@ def _wide(x: Tensor) -> bool:
 
 @cache
 def product() -> Kernels | None:
-    """The kernels if their product of bf16 beats oneDNN's here, which uses matrix units and bf16 dot products."""
+    """The kernels where they beat oneDNN in bf16: everywhere but on matrix units."""
+    return None if torch.cpu._is_amx_tile_supported() else kernels()
+
+
+@cache
+def dot_is_faster() -> bool:
+    """Whether this CPU's bf16 dot product beats its fp32 multiply-add."""
     ours = kernels()
-    if ours is None or torch.cpu._is_amx_tile_supported():
-        return None
-    return ours if not torch.cpu._is_avx512_bf16_supported() or ours.dot_gain() < DOT_GAIN else None
+    return ours is not None and ours.dots and ours.dot_gain() >= DOT_GAIN

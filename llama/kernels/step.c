@@ -4,11 +4,11 @@
  */
 #include "vectors.h"
 
-/* y = x Wᵀ + b as `promptstitch_gemm` has it, or in integers. Fields in the order of `llama.native.Product`. */
+/* y = x Wᵀ + b by one of three kernels. Fields in the order of `llama.native.Product`. */
 struct product {
     const void *weights, *scales, *offsets, *values, *bias;
     long outputs, inputs, group;
-    int integers, bits, kept, unused;
+    int kind, bits, kept, unused; /* 0: gemm, 1: integers, 2: dots */
 };
 
 struct layer {
@@ -33,6 +33,7 @@ void promptstitch_gemm(int, int, int, const void *, const void *, const void *, 
                        long, long, long, void *);
 void promptstitch_integers(int, int, int, const void *, const void *, const void *, const void *, long, const void *, long, long,
                            long, void *);
+void promptstitch_dots(const void *, const void *, const void *, long, long, long, void *);
 void promptstitch_norm(int, const void *, const void *, float, long, long, void *);
 void promptstitch_rotate(int, const char *, long, const void *, const void *, long, long, long, char *);
 void promptstitch_swiglu(int, const void *, long, long, void *);
@@ -41,7 +42,9 @@ void promptstitch_attention(int, const char *, long, const char *, const char *,
                             const int32_t *, long, long, long, long, long, float, char *);
 
 static void multiply(const struct product *p, const void *x, long tokens, void *y) {
-    if (p->integers)
+    if (p->kind == 2)
+        promptstitch_dots(x, p->weights, p->bias, tokens, p->outputs, p->inputs, y);
+    else if (p->kind == 1)
         promptstitch_integers(p->bits, p->kept, 0, x, p->weights, p->scales, p->offsets, p->group, p->bias, tokens, p->outputs,
                               p->inputs, y);
     else

@@ -50,9 +50,13 @@ def test_packed_weights(tmp_path, level, compute):
     check(loaded(save(tmp_path, model(**HEADS)), level=level, compute=compute))
 
 
+@pytest.mark.parametrize("dots", [False, True])
 @pytest.mark.parametrize("biased", [False, True])
-def test_dense_weights(tmp_path, monkeypatch, biased):
+def test_dense_weights(tmp_path, monkeypatch, biased, dots):
+    if dots and not ours.dots:
+        pytest.skip("this CPU has no bf16 dot product (AVX512-BF16)")
     monkeypatch.setattr(native, "product", lambda: ours)
+    monkeypatch.setattr(native, "dot_is_faster", lambda: dots)
     check(loaded(save(tmp_path, model(**HEADS, attention_bias=biased, mlp_bias=biased))))
 
 

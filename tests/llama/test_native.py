@@ -29,11 +29,26 @@ def close(got: torch.Tensor, exact: torch.Tensor) -> None:
     torch.testing.assert_close(got.float(), exact, rtol=1.01 * BF16_ROUNDING, atol=2e-5 * float(exact.abs().max()))
 
 
+needs_dots = pytest.mark.skipif(
+    kernels is None or not kernels.dots, reason="this CPU has no bf16 dot product (AVX512-BF16)"
+)
+layouts = pytest.mark.parametrize("layout", ["panels", pytest.param("pairs", marks=needs_dots)])
+
+
+@layouts
 @pytest.mark.parametrize("tokens", [*range(1, 14), 23, 24, 25, 32, 100])
-def test_product_for_every_number_of_rows(tokens):
+def test_product_for_every_number_of_rows(tokens, layout):
     x, weight, bias = random(tokens, 72), random(80, 72), random(80)
-    got = kernels.linear(x, kernels.panels(weight), bias, 80)
+    got = kernels.linear(x, getattr(kernels, layout)(weight), bias, 80)
     close(got, F.linear(x.float(), weight.float(), bias.float()))
+
+
+@needs_dots
+def test_a_row_of_dot_products_is_the_same_in_any_batch():
+    x, pairs = random(40, 200), kernels.pairs(random(77, 200))
+    whole = kernels.linear(x, pairs, None, 77)
+    for rows in [*range(1, 14), 25]:
+        assert torch.equal(kernels.linear(x[40 - rows :], pairs, None, 77), whole[40 - rows :])
 
 
 def test_no_rows_give_none():
@@ -44,11 +59,14 @@ def test_no_rows_give_none():
         assert kernels.integers(nothing, rounded(weight), None, 40).shape == (0, 40)
 
 
-@pytest.mark.parametrize(("n", "k"), [(1, 1), (15, 16), (16, 17), (31, 33), (32, 31), (33, 200), (129, 576)])
-def test_product_of_every_width(n, k):
+@layouts
+@pytest.mark.parametrize(("n", "k"), [(1, 1), (15, 16), (16, 17), (31, 34), (32, 31), (33, 200), (129, 576)])
+def test_product_of_every_width(n, k, layout):
+    if layout == "pairs" and k % 2:
+        pytest.skip("pairs are of an even number of inputs")
     for tokens in (1, 2, 7, 30):
         x, weight = random(tokens, k), random(n, k)
-        close(kernels.linear(x, kernels.panels(weight), None, n), x.float() @ weight.float().t())
+        close(kernels.linear(x, getattr(kernels, layout)(weight), None, n), x.float() @ weight.float().t())
 
 
 needs_integers = pytest.mark.skipif(
@@ -174,14 +192,16 @@ def test_codes_over_inputs_in_another_order():
 
 
 def test_panels_give_the_weight_back():
-    weight = random(45, 7)
+    weight = random(45, 8)
     assert torch.equal(native.unpanelled(kernels.panels(weight), 45), weight)
+    assert torch.equal(native.unpanelled(kernels.pairs(weight), 45), weight)
 
 
-def test_what_is_not_finite_stays_so():
+@layouts
+def test_what_is_not_finite_stays_so(layout):
     x, weight = torch.ones(2, 64).bfloat16(), torch.ones(32, 64).bfloat16()
     x[0, 3], x[1, 5] = torch.nan, torch.inf
-    got = kernels.linear(x, kernels.panels(weight), None, 32)
+    got = kernels.linear(x, getattr(kernels, layout)(weight), None, 32)
     assert got[0].isnan().all()
     assert got[1].isinf().all()
 
@@ -204,9 +224,11 @@ def test_swiglu_from_one_end_of_bf16_to_the_other():
     close(kernels.swiglu(torch.cat((gate, up), 1)), F.silu(gate.float()) * up.float())
 
 
-def test_prepared_layers_multiply_and_differentiate_as_before(monkeypatch):
-    """`prepare` chooses by speed; here it is told to take ours."""
+@pytest.mark.parametrize("dots", [False, pytest.param(True, marks=needs_dots)])
+def test_prepared_layers_multiply_and_differentiate_as_before(monkeypatch, dots):
+    """`prepare` chooses by speed; here it is told what to take."""
     monkeypatch.setattr(native, "product", lambda: kernels)
+    monkeypatch.setattr(native, "dot_is_faster", lambda: dots)
     weight, x, dy = random(80, 64), random(9, 64), random(9, 80)
     layer = DenseLinear(weight.clone())
     layer.prepare()
