@@ -2,7 +2,8 @@
 #
 #   make serve   serve the embedded model on http://127.0.0.1:8000, prompts in store/   (ARGS="--port 9000" adds options)
 #   make test    lint and run all tests
-#   make results write docs/results.md anew from the run folders in runs/smollm2   (ORIGINAL=FILE: the model's own file)
+#   make keep    put what a results page is made of, from the run folders in runs/smollm2, into docs/runs
+#   make results write docs/results.md anew from docs/runs   (ORIGINAL=FILE: the model's own file, for its size)
 #
 # TORCH_INDEX_URL=URL takes another build of PyTorch than pip takes by itself (pytorch.org lists them).
 
@@ -19,7 +20,7 @@ LEVEL := w3g64
 MODEL := models/$(EMBEDDED)
 MANIFEST := $(MODEL)/promptstitch.json
 STORE := store
-RUNS := runs/smollm2
+RUNS := docs/runs
 
 # Stamps: what stands in .venv already. A build of torch that was asked for by its index stays until another is.
 TORCH_STAMP := $(if $(TORCH_INDEX_URL),$(VENV)/.torch-$(notdir $(TORCH_INDEX_URL)),$(firstword \
@@ -27,7 +28,7 @@ TORCH_STAMP := $(if $(TORCH_INDEX_URL),$(VENV)/.torch-$(notdir $(TORCH_INDEX_URL
 SERVING := $(VENV)/.serving
 DEVELOPING := $(VENV)/.developing
 
-.PHONY: serve test test-all lint results lock clean
+.PHONY: serve test test-all lint keep results lock clean
 .DELETE_ON_ERROR:
 
 serve: $(SERVING) $(MANIFEST)
@@ -42,11 +43,14 @@ test-all: lint $(MANIFEST)
 lint: $(DEVELOPING)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
 
+keep:
+	scripts/keep runs/smollm2 $(RUNS)/smollm2
+
 results: $(SERVING)
 	$(PIP) install --quiet 'matplotlib>=3.10'
-	$(BIN)/promptstitch report $(RUNS) --out $(RUNS)/report $(if $(wildcard $(STORE)),--store $(STORE)) \
+	$(BIN)/promptstitch report $(RUNS) --out build/results $(if $(wildcard $(STORE)),--store $(STORE)) \
 		$(if $(ORIGINAL),--original $(ORIGINAL))
-	cp $(RUNS)/report/results.md docs/results.md
+	cp build/results/results.md docs/results.md
 
 # After a change of the dependencies in pyproject.toml.
 lock: $(DEVELOPING)
