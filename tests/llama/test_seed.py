@@ -1,4 +1,4 @@
-"""The prompts that ship belong to the model that ships, at the level that is served by default and at a calibrated one."""
+"""The prompts that ship belong to the model that ships: at the default level, and at a calibrated one."""
 
 from pathlib import Path
 
