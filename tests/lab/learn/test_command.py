@@ -174,13 +174,12 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(dense, pages, tmp_path):
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_in_the_same_prompt(dense, pages, tmp_path, full):
     more = ("--steps", 300, "--set", "selections=60", "--kind", "kv", "--json")
-    whole = json.loads(run(arguments(dense, pages, tmp_path / "a", *more)).stdout)
-    command = [
-        sys.executable,
-        "-c",
-        "from cli.main import main; main()",
-        *arguments(dense, pages, tmp_path / "b", *more),
-    ]
+    program = [sys.executable, "-c", "from cli.main import main; main()"]  # as many threads in each
+    first = subprocess.run(
+        [*program, *arguments(dense, pages, tmp_path / "a", *more)], capture_output=True, check=True, text=True
+    )
+    whole = json.loads(first.stdout)
+    command = [*program, *arguments(dense, pages, tmp_path / "b", *more)]
     dice, killed, log = random.Random(0), 0, tmp_path / "b" / "run" / "log.jsonl"
     while killed < (20 if full else 3):
         child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
