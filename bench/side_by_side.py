@@ -94,7 +94,10 @@ def main(
     store = Path(tempfile.mkdtemp(prefix="side-by-side-"))
     names = soft_prompts.write_prompts(checkpoint, root / "prompts", prompts, rows)
     contestants = [
-        *(lineup.ours(checkpoint, store, root / "prompts", names, level) for level in (None, *levels.split(","))),
+        *(
+            lineup.ours(checkpoint, store, root / "prompts", names, level)
+            for level in (None, *filter(None, levels.split(",")))
+        ),
         lineup.vllm(checkpoint, root, root / "prompts", concurrency),
         *(lineup.llama_cpp(checkpoint, root, kind, concurrency, rows) for kind in llama_cpp.split(",")),
     ]

@@ -35,6 +35,7 @@ class Claim:
 
 CLAIMS = (
     Claim(STITCHED, "vllm", at_least=1.0),
+    Claim(STITCHED, "llama.cpp", at_least=2.4),
     Claim(BARE, "vllm", at_least=0.9),
     Claim(STITCHED, "llama.cpp", at_least=4.0, ours=PACKED),
     Claim(STITCHED, "vllm", at_least=1.6, ours=PACKED),  # across classes: its weights are bf16
