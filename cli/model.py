@@ -15,7 +15,7 @@ from cli.output import CommandError, Steps
 from engine.engine import LocalEngine, ServedModel
 from engine.options import EngineOptions
 from llama.identity import Identity
-from llama.load import choose_device, choose_dtype, info, load
+from llama.load import choose_compute, choose_device, choose_dtype, info, load
 from llama.pull import default_folder, pull
 from llama.tokenizer import HubTokenizer
 from prompts_store.file import read_prompt
@@ -56,7 +56,8 @@ def to_serve(settings: Settings, steps: Steps) -> tuple[Settings, Identity]:
     folder = find_model(settings.model)
     level = settings.level
     identity = info(folder, level=level, base=settings.base).identity
-    choose_dtype(settings.dtype, choose_device(settings.device))
+    place = choose_device(settings.device)
+    choose_compute(settings.compute, choose_dtype(settings.dtype, place), place, identity.level)
     if level is None and settings.model == EMBEDDED and identity.level == "dense":
         level = EMBEDDED_LEVEL
         identity = info(folder, level=level, base=settings.base).identity
