@@ -3,6 +3,7 @@
 #   make serve   serve the embedded model on http://127.0.0.1:8000, prompts in store/   (ARGS="--port 9000" adds options)
 #   make test    lint and run all tests
 #   make keep    put what a results page is made of, from the run folders in runs/smollm2, into docs/runs
+#   make race    set up the peers and race against them: a table of claims, exit 1 where one is missed (W=W1,W5: those lines)
 #   make results write docs/results.md anew from docs/runs   (ORIGINAL=FILE: the model's own file, for its size)
 #
 # TORCH_INDEX_URL=URL takes another build of PyTorch than pip takes by itself (pytorch.org lists them).
@@ -28,7 +29,7 @@ TORCH_STAMP := $(if $(TORCH_INDEX_URL),$(VENV)/.torch-$(notdir $(TORCH_INDEX_URL
 SERVING := $(VENV)/.serving
 DEVELOPING := $(VENV)/.developing
 
-.PHONY: serve test test-all lint keep results lock clean
+.PHONY: serve test test-all lint race keep results lock clean
 .DELETE_ON_ERROR:
 
 serve: $(SERVING) $(MANIFEST)
@@ -42,6 +43,10 @@ test-all: lint $(MANIFEST)
 
 lint: $(DEVELOPING)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check
+
+race: $(DEVELOPING) $(MANIFEST)
+	$(BIN)/python -m bench.peers
+	$(BIN)/python -m bench --checkpoint $(MODEL) --out runs/race.json $(if $(W),--only $(W)) $(ARGS)
 
 keep:
 	scripts/keep runs/smollm2 $(RUNS)/smollm2

@@ -42,7 +42,9 @@ def text_prefix(model: str, tokenizer: Tokenizer, tokens: int = 64) -> Form:
     return body
 
 
-def prompt_embeds(model: str, tokenizer: Tokenizer, checkpoint: Path, prompts: Path, dtype: torch.dtype) -> Form:
+def prompt_embeds(
+    model: str, tokenizer: Tokenizer, checkpoint: Path, prompts: Path, dtype: torch.dtype = torch.bfloat16
+) -> Form:
     """Every request carries its whole input as vectors: soft rows, then the embedded text (`torch.save`, base64).
 
     `prompts` holds one `{name}.safetensors` for each prompt, `checkpoint` the embedding table. A job without a prompt

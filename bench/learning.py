@@ -75,7 +75,8 @@ def in_a_process(side: str, kind: str) -> dict[str, Any]:
     """This very command for one side and one kind."""
     command = [sys.executable, "-m", "bench.learning", *sys.argv[1:], "--side", side, "--kind", kind]
     done = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    told: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return told
 
 
 def measured(args: argparse.Namespace, side: str, kind: str) -> dict[str, Any]:
@@ -106,9 +107,9 @@ def ours(args: argparse.Namespace, kind: str, ids: Tensor) -> Callable[[], float
         optimiser.zero_grad()
         hidden = form.hidden(tensors, ids[:, :-1], args.positions).flatten(0, 1)
         loss = chunked_loss(hidden, model.head, Target(ids[:, 1:].flatten())).total / ids[:, 1:].numel()
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
-        return loss.item()
+        return float(loss)
 
     return step
 
@@ -129,9 +130,9 @@ def peft(args: argparse.Namespace, kind: str, ids: Tensor, dtype: str) -> Callab
     def step() -> float:
         optimiser.zero_grad()
         loss = tuned(input_ids=ids, attention_mask=mask, labels=labels).loss
-        loss.backward()
+        torch.autograd.backward(loss)
         optimiser.step()
-        return loss.item()
+        return float(loss)
 
     return step
 
@@ -152,7 +153,7 @@ def transformers_model(args: argparse.Namespace, dtype: torch.dtype) -> Any:
             block.down: (mlp.down_proj,),
         }
         for source, targets in merged.items():
-            parts = source.dense().split([target.out_features for target in targets])
+            parts = torch.split(source.dense(), [target.out_features for target in targets])
             for target, part in zip(targets, parts, strict=True):
                 target.weight.data = part.to(dtype).contiguous()
     return model.eval()

@@ -10,26 +10,73 @@ import ctypes.util
 import functools
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
+import httpx
 
 from bench import forms, soft_prompts
 from bench.server import Contestant
 from bench.workload import load_tokenizer
 
 BASE = "base"  # what the bare model is called at every contestant
-CONTEXT = 2048
+PACKED = "w4g64"  # ours of 4 bits
+CONTEXT = 2304  # the longest text of the race and its answer
+CONCURRENCY = 32
+FEW, ROWS = 8, 64  # soft prompts of most loads, and the rows of each
+TIGHT_MB = 220  # KV pages for 50 prompts of ROWS, and for CONCURRENCY requests of 192 positions
 
 
-def ours(checkpoint: Path, store: Path, prompts: Path, names: tuple[str, ...], level: str | None = None) -> Contestant:
-    """promptstitch in bf16, or at a level and multiplying as it does there; prompts are uploaded once it serves."""
-    name, kind = ("promptstitch", "bf16") if level is None else (f"promptstitch-{level}", level)
-    command = [str(Path(sys.executable).with_name("promptstitch")), "serve", str(checkpoint), "--dtype", "bfloat16"]
-    command += ["--port", "{port}", "--store", str(store / name), "--served-model-name", BASE]
-    command += ["--compute", "bf16"] if level is None else ["--level", level]
-    upload = functools.partial(soft_prompts.upload, folder=prompts, names=names, level=level or "dense")
-    return Contestant(name, kind, command, forms.named(BASE), prepare=upload)
+def everybody(
+    checkpoint: Path, root: Path, store: Path, names: tuple[str, ...], levels: Sequence[str], llama: Sequence[str]
+) -> list[Contestant]:
+    """All contestants: ours in bf16, at w4g64, with pages for a quarter of the prompts, and at `levels`; the peers.
+
+    `names` are of soft prompts in `root`/prompts, `llama` llama.cpp's quantisations; `store` takes our registries.
+    """
+    prompts = root / "prompts"
+    few = names[:FEW]
+    mine = functools.partial(ours, checkpoint, store, prompts)
+    return [
+        mine(few),
+        mine(few, PACKED),
+        mine(names, PACKED, name=f"tight-{PACKED}", flags=("--kv-memory", f"{TIGHT_MB}MB")),
+        *(mine(few, level) for level in levels),
+        vllm(checkpoint, root, prompts, CONCURRENCY),
+        *(llama_cpp(checkpoint, root, kind, CONCURRENCY, ROWS) for kind in llama),
+    ]
+
+
+def ours(
+    checkpoint: Path,
+    store: Path,
+    prompts: Path,
+    names: tuple[str, ...],
+    level: str | None = None,
+    *,
+    name: str = "",
+    flags: tuple[str, ...] = (),
+) -> Contestant:
+    """promptstitch in bf16, or at a level and multiplying as it does there; prompts are uploaded once it serves.
+
+    `level` may be a folder: the checkpoint of a level that is not made while loading.
+    """
+    folder, kind = (Path(level), Path(level).name) if level and Path(level).is_dir() else (checkpoint, level)
+    name = name or ("promptstitch" if kind is None else f"promptstitch-{kind}")
+    command = [str(Path(sys.executable).with_name("promptstitch")), "serve", str(folder.absolute())]
+    command += ["--dtype", "bfloat16", "--port", "{port}", "--store", str(store / name), "--served-model-name", BASE]
+    command += ["--compute", "bf16"] if kind is None else [] if folder != checkpoint else ["--level", kind]
+    upload = functools.partial(soft_prompts.upload, folder=prompts, names=names, level=kind or "dense")
+    return Contestant(name, kind or "bf16", [*command, *flags], forms.named(BASE), {}, upload, model_bytes)
+
+
+def model_bytes(url: str) -> float:
+    """What the weights and the pages in use of a promptstitch server take, by its own metrics."""
+    lines = httpx.get(f"{url}/metrics", trust_env=False).text.splitlines()
+    pairs = (line.rsplit(" ", 1) for line in lines if not line.startswith("#"))
+    values = {name.partition("{")[0].removeprefix("promptstitch:"): value for name, value in pairs}
+    used = float(values["kv_cache_usage_perc"]) + float(values["kv_cache_cached_perc"])
+    return float(values["weight_bytes"]) + used * float(values["kv_cache_bytes"])
 
 
 def vllm(checkpoint: Path, root: Path, prompts: Path, concurrency: int) -> Contestant:
@@ -49,7 +96,7 @@ def vllm(checkpoint: Path, root: Path, prompts: Path, concurrency: int) -> Conte
     command += ["--served-model-name", BASE, "--dtype", "bfloat16", "--port", "{port}", "--enable-prompt-embeds"]
     command += ["--max-model-len", str(CONTEXT), "--max-num-seqs", str(concurrency), "--block-size", "64"]
     command += ["--disable-uvicorn-access-log", "--no-enable-log-requests"]
-    form = forms.prompt_embeds(BASE, load_tokenizer(checkpoint), checkpoint, prompts, torch.bfloat16)
+    form = forms.prompt_embeds(BASE, load_tokenizer(checkpoint), checkpoint, prompts)
     return Contestant("vllm", "bf16", command, form, env)
 
 
@@ -57,6 +104,6 @@ def llama_cpp(checkpoint: Path, root: Path, quantisation: str, concurrency: int,
     """llama.cpp's server, a slot for each client; a text prefix of a prompt's length stays in the slot's cache."""
     command = [str(root / "llamacpp/build/bin/llama-server"), "--model", str(root / f"gguf/{quantisation}.gguf")]
     command += ["--alias", BASE, "--port", "{port}", "--threads", str(os.cpu_count()), "--flash-attn", "on"]
-    command += ["--parallel", str(concurrency), "--ctx-size", str(512 * concurrency)]
+    command += ["--parallel", str(concurrency), "--ctx-size", str(CONTEXT * concurrency)]
     form = forms.text_prefix(BASE, load_tokenizer(checkpoint), rows)
     return Contestant(f"llama.cpp-{quantisation}", quantisation, command, form)

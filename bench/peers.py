@@ -16,6 +16,7 @@ import sys
 import tarfile
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -92,6 +93,21 @@ def set_up_gguf(folder: Path, llama_cpp: Path) -> None:
             tool = str(llama_cpp / "build/bin/llama-quantize")
             command = [tool, "--allow-requantize", str(shipped), str(folder / f"{kind}.gguf"), kind.upper()]
             subprocess.run(command, check=True, capture_output=True)
+
+
+def missing(root: Path, contestants: Sequence[str]) -> list[str]:
+    """Of these contestants, those that `set_up` has not made yet."""
+    vllm, llama_cpp = (root / "vllm/ready").exists(), (root / "llamacpp/build/bin/llama-server").exists()
+    return [
+        name
+        for name in contestants
+        if (name == "vllm" and not vllm)
+        or (name.startswith("llama.cpp-") and not (llama_cpp and _gguf(root, name).exists()))
+    ]
+
+
+def _gguf(root: Path, contestant: str) -> Path:
+    return root / f"gguf/{contestant.removeprefix('llama.cpp-')}.gguf"
 
 
 def pins() -> list[str]:

@@ -1,102 +1,139 @@
-"""Rounds: each contestant in turn is started, warmed up and given every workload.
+"""Rounds: contestants take turns under each load of a plan, ours and the peers' servers all warm and idle meanwhile.
 
-Knows servers and loads; draws no conclusions, `bench.verdict` does.
+Knows servers, loads and what they did; draws no conclusions, `bench.verdict` does.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
 
-from bench.load import first_tokens, run
+from bench.load import Pace, first_tokens, run
 from bench.machine import Reading, wait_until_quiet
-from bench.result import FirstToken, Result
+from bench.plan import Load, Plan
+from bench.result import FirstToken, Result, Start
 from bench.server import Contestant, Running, serving
 from bench.workload import Job, Workload
 
-STITCHED, BARE, FIRST_TOKEN = "stitched", "bare", "first token"
-SEEDS_A_ROUND = 8  # so that no text is sent twice to one process
+SEEDS_A_ROUND = 32  # so that no text is sent twice to one process: one for each load, and for each wave that warms up
 
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One workload at one contestant in one round. CPU in cores kept busy while it lasted."""
+    """One load on one contestant in one round. CPU in cores kept busy while it lasted."""
 
     round: int
     contestant: str
-    workload: str
-    figures: Result | FirstToken
+    load: str
+    figures: Result | FirstToken | Start
+    rate: float | None  # requests a second that were sent, where the load says them
     server_cpu: float
     others_cpu: float  # neither the server nor the load generator: what makes a figure doubtful
     quiet: bool  # the machine was idle just before
-    start_seconds: float  # from exec to ready
-    rss_bytes: int  # right after, all processes of the server
+    beyond_model_mb: float | None  # anonymous memory beyond weights and KV pages, where the server tells those
+
+    def figure(self, name: str) -> float | None:
+        """A figure by its name."""
+        found = {**asdict(self), **self.figures.as_json()}[name]
+        return None if found is None else float(found)
 
 
 @dataclass(frozen=True, slots=True)
 class Race:
-    """What every contestant is given: `stitched`, the same without prompts, and pairs for the time to the first token.
+    """A plan for a lineup. `prompts` are names of soft prompts that contestants can be asked for, in order of rank, and
+    `upload` is one of them as bytes. Texts are cut from `corpus` or, without one, made of random words.
 
-    Before each measurement it waits up to `patience` seconds for an idle machine. With `resident` all servers are
-    started once and stay up, idle, while another is measured; else each is started anew in every round. Logs of the
-    servers go to `logs`.
+    Before each measurement it waits up to `patience` seconds for an idle machine. Logs of the servers go to `logs`.
     """
 
+    plan: Plan
     tokenizer: Tokenizer
-    corpus: Path | None
-    stitched: Workload
-    pairs: int = 24
+    prompts: tuple[str, ...]
+    upload: bytes = b""
+    corpus: Path | None = None
     patience: float = 0.0
-    resident: bool = False
     logs: Path = Path("runs")
 
     def run(self, lineup: Sequence[Contestant], rounds: int) -> Iterator[Measured]:
         """All rounds, one measurement after the other. Raises RuntimeError if a server does not start."""
         self.logs.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            up = {c.name: stack.enter_context(self._warm(c, 0)) for c in lineup} if self.resident else {}
+            up: dict[str, Running] = {}
             for number in range(rounds):
-                for contestant in lineup:
-                    one = (
-                        contextlib.nullcontext(up[contestant.name]) if self.resident else self._warm(contestant, number)
-                    )
-                    with one as server:
-                        yield from self._measure_all(number, contestant, server)
+                capacities: dict[tuple[str, str], float] = {}
+                for load in self.plan.loads.values():
+                    for contestant in lineup:
+                        if load not in self.plan.needs(contestant.name):
+                            continue
+                        if load.kind == "start":
+                            yield self._start(number, contestant)
+                            continue
+                        if contestant.name not in up:
+                            up[contestant.name] = stack.enter_context(self._warm(contestant))
+                        rate = capacities.get((load.capacity, load.capacity_of))
+                        rate = None if rate is None else rate * load.share
+                        measured = self._measure(number, contestant, up[contestant.name], load, rate)
+                        if isinstance(measured.figures, Result):
+                            capacities[load.name, contestant.name] = measured.figures.requests_per_second
+                        yield measured
 
     @contextlib.contextmanager
-    def _warm(self, contestant: Contestant, number: int) -> Iterator[Running]:
-        """The contestant, serving, after a wave of each kind."""
+    def _warm(self, contestant: Contestant) -> Iterator[Running]:
+        """The contestant, serving, after a wave of each kind that it will be asked."""
         with serving(contestant, self.logs / f"{contestant.name}.log") as server:
-            for i, prompts in enumerate((self.stitched.prompts, (None,))):
-                seed = number * SEEDS_A_ROUND + 3 + i
-                wave = replace(self.stitched, requests=self.stitched.concurrency, prompts=prompts, seed=seed)
-                run(server.url, self._jobs(wave), contestant.form, wave)
+            for i, load in enumerate(self.plan.needs(contestant.name)):
+                if load.kind == "closed":
+                    shape = replace(load.workload, requests=load.workload.concurrency)
+                    jobs = self._jobs(load, shape, seed=SEEDS_A_ROUND // 2 + i)
+                    run(server.url, jobs, contestant.form, Pace(shape.concurrency))
             yield server
 
-    def _measure_all(self, number: int, contestant: Contestant, server: Running) -> Iterator[Measured]:
-        seed = number * SEEDS_A_ROUND
-        bare = replace(self.stitched, prompts=(None,), seed=seed)
-        stitched = replace(self.stitched, seed=seed + 1)
-        single = replace(self.stitched, requests=self.pairs + len(self.stitched.prompts), seed=seed + 2)
-        calls: dict[str, Callable[[list[Job]], Result | FirstToken]] = {
-            BARE: lambda jobs: run(server.url, jobs, contestant.form, bare),
-            STITCHED: lambda jobs: run(server.url, jobs, contestant.form, stitched),
-            FIRST_TOKEN: lambda jobs: first_tokens(server.url, jobs, contestant.form),
-        }
-        for (name, call), workload in zip(calls.items(), (bare, stitched, single), strict=True):
-            jobs = self._jobs(workload)
-            quiet = wait_until_quiet(self.patience)
-            before, server_before = Reading.now(), server.cpu_seconds()
-            figures = call(jobs)
-            after = Reading.now()
-            server_cpu = (server.cpu_seconds() - server_before) / (after.at - before.at)
-            others = max(0.0, after.busy_cores_since(before) - server_cpu - figures.client_cpu)
-            rss = server.rss_bytes()
-            yield Measured(number, contestant.name, name, figures, server_cpu, others, quiet, server.start_seconds, rss)
+    def _measure(
+        self, number: int, contestant: Contestant, server: Running, load: Load, rate: float | None
+    ) -> Measured:
+        seed = number * SEEDS_A_ROUND + list(self.plan.loads).index(load.name)
+        jobs = self._jobs(load, load.workload, seed)
+        quiet = wait_until_quiet(self.patience)
+        before, server_before = Reading.now(), server.cpu_seconds()
+        figures: Result | FirstToken
+        if load.kind == "first token":
+            figures = first_tokens(server.url, jobs, contestant.form)
+        else:
+            if load.kind == "open" and rate is None:
+                raise RuntimeError(f"the load {load.name} goes by {load.capacity_of}, which takes no part")
+            pace = Pace(load.workload.concurrency, rate, load.hang_up, load.uploads, seed)
+            figures = run(server.url, jobs, contestant.form, pace, upload=self.upload)
+        after = Reading.now()
+        server_cpu = (server.cpu_seconds() - server_before) / (after.at - before.at)
+        others = max(0.0, after.busy_cores_since(before) - server_cpu - figures.client_cpu)
+        beyond = None
+        if contestant.model_bytes is not None:
+            beyond = (server.anonymous_bytes() - contestant.model_bytes(server.url)) / 1e6
+        return Measured(number, contestant.name, load.name, figures, rate, server_cpu, others, quiet, beyond)
 
-    def _jobs(self, workload: Workload) -> list[Job]:
-        return workload.jobs(self.tokenizer, self.corpus)
+    def _start(self, number: int, contestant: Contestant) -> Measured:
+        quiet = wait_until_quiet(self.patience)
+        before = Reading.now()
+        job = Workload(1, 1, max_tokens=1, seed=number).jobs(self.tokenizer, self.corpus)
+        bare = replace(contestant, prepare=None)
+        with serving(bare, self.logs / f"{contestant.name}.start.log") as server:
+            answer = run(server.url, job, contestant.form, Pace(1), stream=False)
+            after = Reading.now()
+            figures = Start(answer.errors, server.start_seconds, after.at - server.started_at)
+            busy = server.cpu_seconds() / (after.at - server.started_at)
+        others = max(0.0, after.busy_cores_since(before) - busy)
+        return Measured(number, contestant.name, "start", figures, None, busy, others, quiet, None)
+
+    def _jobs(self, load: Load, shape: Workload, seed: int) -> list[Job]:
+        names = self.prompts[: load.prompts] or (None,)
+        return replace(shape, prompts=names, seed=seed).jobs(self.tokenizer, self.corpus)
+
+
+def told(measured: Measured) -> dict[str, Any]:
+    """As JSON."""
+    return {**asdict(measured), "figures": measured.figures.as_json()}

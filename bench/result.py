@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from rich.table import Table
@@ -18,13 +19,14 @@ from bench.wire import Recording, read
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """One closed-loop run. Latencies in milliseconds, over good answers only; throughput counts only their tokens.
+    """One run. Latencies in milliseconds, over good answers only; throughput counts only their tokens.
 
     Quantiles are None where nothing was there to take them of (no stream, no good answer).
     """
 
     requests: int
     errors: dict[str, int]  # what went wrong -> how often
+    hung_up: int  # clients that left in the midst of an answer, as they were to: neither good nor wrong
     seconds: float
     output_tokens_per_second: float
     requests_per_second: float
@@ -67,10 +69,33 @@ class FirstToken:
         return asdict(self)
 
 
-def summarise(recordings: Sequence[Recording], max_tokens: int, text_tokens: int, cpu_seconds: float) -> Result:
-    """The figures of a closed-loop run; `cpu_seconds` is what the client burnt."""
-    answers = [read(recording, max_tokens) for recording in recordings]
-    good = [(a, r) for a, r in zip(answers, recordings, strict=True) if a.error is None]
+@dataclass(frozen=True, slots=True)
+class Start:
+    """A server started anew, with everything on disk read before, up to the end of its first answer."""
+
+    errors: dict[str, int]
+    ready_seconds: float
+    first_answer_seconds: float
+    client_cpu: float = 0.0
+
+    def headline(self) -> str:
+        """In a line."""
+        return f"{self.first_answer_seconds:.1f} s to the first answer, {sum(self.errors.values())} errors"
+
+    def as_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def summarise(
+    recordings: Sequence[Recording],
+    max_tokens: Sequence[int],
+    text_tokens: int,
+    cpu_seconds: float,
+    beside: Mapping[str, int] = MappingProxyType({}),
+) -> Result:
+    """Figures of answers and the tokens asked of each, of the CPU that the client burnt, of what went wrong beside."""
+    stayed = [(read(r, tokens), r) for r, tokens in zip(recordings, max_tokens, strict=True) if not r.left]
+    good = [(answer, recording) for answer, recording in stayed if answer.error is None]
     seconds = max(r.started + r.seconds for r in recordings) - min(r.started for r in recordings)
     first = [answer.arrivals[0] for answer, _ in good if len(answer.arrivals) > 1]
     gaps = [b - a for answer, _ in good for a, b in zip(answer.arrivals, answer.arrivals[1:], strict=False)]
@@ -78,7 +103,8 @@ def summarise(recordings: Sequence[Recording], max_tokens: int, text_tokens: int
     cached = [answer.cached_tokens for answer, _ in good if answer.cached_tokens is not None]
     return Result(
         requests=len(recordings),
-        errors=dict(Counter(answer.error for answer in answers if answer.error)),
+        errors=dict(Counter(answer.error for answer, _ in stayed if answer.error)) | dict(beside),
+        hung_up=len(recordings) - len(stayed),
         seconds=seconds,
         output_tokens_per_second=sum(answer.tokens for answer, _ in good) / seconds,
         requests_per_second=len(good) / seconds,

@@ -34,6 +34,7 @@ class Contestant:
     form: Form
     env: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[str], None] | None = None  # called with the URL once it serves
+    model_bytes: Callable[[str], float] | None = None  # of weights and KV in use, by the URL, where it tells them
 
     def command_line(self) -> str:
         """As one would type it."""
@@ -46,6 +47,7 @@ class Running:
 
     url: str
     process: psutil.Process
+    started_at: float  # on the monotonic clock
     start_seconds: float  # from exec to ready
 
     def cpu_seconds(self) -> float:
@@ -57,12 +59,13 @@ class Running:
                 total += times.user + times.system
         return total
 
-    def rss_bytes(self) -> int:
-        """Resident now, over all processes; pages that they share count more than once."""
+    def anonymous_bytes(self) -> int:
+        """Memory that is no file's, over all processes."""
         total = 0
         for process in (self.process, *self.process.children(recursive=True)):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                total += process.memory_info().rss
+            with contextlib.suppress(OSError):
+                lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+                total += sum(int(line.split()[1]) for line in lines if line.startswith("Anonymous:")) << 10
         return total
 
 
@@ -84,7 +87,7 @@ def serving(contestant: Contestant, log: Path) -> Iterator[Running]:
     try:
         url = f"http://127.0.0.1:{port}"
         _wait_until_healthy(child, url, contestant.name, log)
-        running = Running(url, psutil.Process(child.pid), time.monotonic() - started)
+        running = Running(url, psutil.Process(child.pid), started, time.monotonic() - started)
         if contestant.prepare:
             contestant.prepare(url)
         yield running

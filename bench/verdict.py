@@ -9,92 +9,92 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from bench.race import BARE, FIRST_TOKEN, STITCHED, Measured
-from bench.result import FirstToken, Result
-
-OURS, PACKED = "promptstitch", "promptstitch-w4g64"
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """Ours against a peer in tokens a second, or our time to the first token with a prompt against without."""
-
-    workload: str
-    peer: str | None  # beginning of its name; of several the fastest of the round counts
-    at_least: float | None = None
-    at_most: float | None = None
-    ours: str = OURS
-
-    @property
-    def text(self) -> str:
-        return f"{self.workload}: {self.ours} / {self.peer or 'itself without'}"
-
-    def holds(self, ratio: float) -> bool:
-        return ratio >= (self.at_least or 0.0) and ratio <= (self.at_most or float("inf"))
-
-
-CLAIMS = (
-    Claim(STITCHED, "vllm", at_least=1.0),
-    Claim(STITCHED, "llama.cpp", at_least=2.4),
-    Claim(BARE, "vllm", at_least=0.9),
-    Claim(STITCHED, "llama.cpp", at_least=4.0, ours=PACKED),
-    Claim(STITCHED, "vllm", at_least=1.6, ours=PACKED),  # across classes: its weights are bf16
-    Claim(FIRST_TOKEN, None, at_most=1.15),
-)
+from bench.plan import Claim, matches
+from bench.race import Measured
 
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """A claim beside what was measured: the median of the rounds' ratios, the lowest and the highest."""
+    """A claim beside what was measured: the median of the rounds' ratios, the lowest and the highest. `ok` is None, and
+    the figures too, where no round has both sides."""
 
-    claim: str
+    line: str
+    what: str
+    ours: str
+    peer: str  # the best of most rounds; empty where there is none
     bound: str
-    median: float
-    low: float
-    high: float
-    ok: bool
+    aim: float | None
+    median: float | None
+    low: float | None
+    high: float | None
+    ok: bool | None
 
 
-def judge(measured: Sequence[Measured], claims: Sequence[Claim] = CLAIMS) -> list[Verdict]:
-    """A verdict for each claim whose contestants took part."""
+@dataclass(frozen=True, slots=True)
+class _Ratio:
+    value: float
+    ours: str
+    peer: str
+
+
+def judge(measured: Sequence[Measured], claims: Sequence[Claim]) -> list[Verdict]:
+    """A verdict for each claim, or, where it says `each`, for each of ours that took part."""
     verdicts = []
     for claim in claims:
-        ratios = [
-            ratio
-            for number in sorted({m.round for m in measured})
-            if (ratio := _ratio([m for m in measured if m.round == number], claim)) is not None
-        ]
-        if ratios:
-            bound = f">= {claim.at_least}" if claim.at_least else f"<= {claim.at_most}"
-            median = statistics.median(ratios)
-            verdicts.append(Verdict(claim.text, bound, median, min(ratios), max(ratios), claim.holds(median)))
+        taking = dict.fromkeys(m.contestant for m in measured if matches(m.contestant, claim.ours))
+        sides: list[Sequence[str]] = [(name,) for name in taking] if claim.each else [claim.ours]
+        verdicts += [_verdict(measured, claim, ours) for ours in sides]
     return verdicts
 
 
-def _ratio(one_round: Sequence[Measured], claim: Claim) -> float | None:
-    """None where the round lacks a side."""
-    figures = {m.contestant: m.figures for m in one_round if m.workload == claim.workload}
-    mine = figures.get(claim.ours)
-    if claim.peer is None:
-        return mine.ratio if isinstance(mine, FirstToken) else None
-    peers = [
-        f.output_tokens_per_second
-        for name, f in figures.items()
-        if name.startswith(claim.peer) and isinstance(f, Result)
+def _verdict(measured: Sequence[Measured], claim: Claim, ours: Sequence[str]) -> Verdict:
+    rounds = sorted({m.round for m in measured})
+    ratios = [
+        ratio
+        for number in rounds
+        if (ratio := _ratio([m for m in measured if m.round == number], claim, ours)) is not None
     ]
-    best = max(peers, default=0.0)
-    return mine.output_tokens_per_second / best if isinstance(mine, Result) and best else None
+    if not ratios:
+        return Verdict(claim.line, claim.what, ", ".join(ours), "", claim.bound, claim.aim, None, None, None, None)
+    values = [ratio.value for ratio in ratios]
+    median = statistics.median(values)
+    names = (statistics.mode(ratio.ours for ratio in ratios), statistics.mode(ratio.peer for ratio in ratios))
+    spread = (median, min(values), max(values))
+    return Verdict(claim.line, claim.what, *names, claim.bound, claim.aim, *spread, claim.holds(median))
+
+
+def _ratio(one_round: Sequence[Measured], claim: Claim, ours: Sequence[str]) -> _Ratio | None:
+    """None where the round lacks a side."""
+    mine = _best(one_round, claim, ours, claim.load)
+    if mine is None:
+        return None
+    if not claim.against:
+        return _Ratio(mine[0], mine[1], "")
+    other = _best(one_round, claim, claim.peers or (mine[1],), claim.against)
+    return None if other is None or not other[0] else _Ratio(mine[0] / other[0], mine[1], other[1])
+
+
+def _best(one_round: Sequence[Measured], claim: Claim, names: Sequence[str], load: str) -> tuple[float, str] | None:
+    """The figure and who made it."""
+    found = [
+        (value, m.contestant)
+        for m in one_round
+        if m.load == load and matches(m.contestant, names) and (value := m.figure(claim.figure)) is not None
+    ]
+    choose = min if claim.at_most is not None else max
+    return choose(found, default=None)
 
 
 def medians(measured: Sequence[Measured]) -> dict[tuple[str, str], dict[str, float | None]]:
-    """(contestant, workload) -> the median over the rounds of every figure that is a number."""
+    """(contestant, load) -> the median over the rounds of every figure that is a number."""
     groups: dict[tuple[str, str], list[Measured]] = {}
     for m in measured:
-        groups.setdefault((m.contestant, m.workload), []).append(m)
+        groups.setdefault((m.contestant, m.load), []).append(m)
     return {key: _medians(group) for key, group in groups.items()}
 
 
 def _medians(group: Sequence[Measured]) -> dict[str, float | None]:
-    rows = [{**m.figures.as_json(), "others_cpu": m.others_cpu, "server_cpu": m.server_cpu} for m in group]
+    own = ("server_cpu", "others_cpu", "beyond_model_mb")
+    rows = [{**m.figures.as_json(), **{name: getattr(m, name) for name in own}} for m in group]
     columns = {name: [row[name] for row in rows if isinstance(row[name], (int, float))] for name in rows[0]}
     return {name: statistics.median(values) if values else None for name, values in columns.items()}

@@ -10,7 +10,7 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import httpx
 
 EVENT_END = re.compile(rb"\r?\n\r?\n")
 TIMEOUT = httpx.Timeout(600.0)
+Call = tuple[float, bytes, int | None]  # when, in seconds from the start; the body; chunks to stay for, None: all
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +30,7 @@ class Recording:
     status: int | None  # None if no answer came
     chunks: tuple[tuple[float, bytes], ...]  # (seconds since sending, bytes)
     failure: str | None = None  # what broke the connection
+    left: bool = False  # this end hung up, as it was to
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,38 +43,70 @@ class Answer:
     arrivals: tuple[float, ...] = ()  # of events with text, seconds since sending
 
 
-async def drive(url: str, bodies: Sequence[bytes], concurrency: int, key: str | None = None) -> list[Recording]:
+def unheard() -> None:
+    """Nobody asks when an answer has come."""
+
+
+async def drive(
+    url: str, bodies: Sequence[bytes], concurrency: int, key: str | None = None, answered: Callable[[], None] = unheard
+) -> list[Recording]:
     """POST every body to `url`, `concurrency` at a time, and return the recordings in the bodies' order.
 
     Client w takes bodies w, w + concurrency, … one after the other, so that where `concurrency` is a multiple of the
     number of prompts each client stays with one: the kindest order for servers that keep a cache per slot.
     """
-    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
-    # A connection for each request: some servers close a kept one just when the next request is on its way.
-    limits = httpx.Limits(max_connections=concurrency, max_keepalive_connections=0)
     recordings: dict[int, Recording] = {}
-    async with httpx.AsyncClient(headers=headers, timeout=TIMEOUT, limits=limits, trust_env=False) as client:
+    async with _client(concurrency, key) as client:
 
         async def work(worker: int) -> None:
             for i in range(worker, len(bodies), concurrency):
                 recordings[i] = await _record(client, url, bodies[i])
+                answered()
 
         await asyncio.gather(*(work(worker) for worker in range(concurrency)))
     return [recordings[i] for i in range(len(bodies))]
 
 
-async def _record(client: httpx.AsyncClient, url: str, body: bytes) -> Recording:
+async def drive_by_the_clock(
+    url: str,
+    calls: Sequence[Call],
+    key: str | None = None,
+    answered: Callable[[], None] = unheard,
+) -> list[Recording]:
+    """Make every call at its time, whatever became of those before it; recordings in the calls' order."""
+    async with _client(len(calls), key) as client:
+
+        async def call(at: float, body: bytes, stay: int | None) -> Recording:
+            await asyncio.sleep(at)
+            recording = await _record(client, url, body, stay)
+            answered()
+            return recording
+
+        return list(await asyncio.gather(*(call(*each) for each in calls)))
+
+
+def _client(connections: int, key: str | None) -> httpx.AsyncClient:
+    """A connection for each request: some servers close a kept one just when the next request is on its way."""
+    headers = {"content-type": "application/json"} | ({"authorization": f"Bearer {key}"} if key else {})
+    limits = httpx.Limits(max_connections=connections, max_keepalive_connections=0)
+    return httpx.AsyncClient(headers=headers, timeout=TIMEOUT, limits=limits, trust_env=False)
+
+
+async def _record(client: httpx.AsyncClient, url: str, body: bytes, stay: int | None = None) -> Recording:
+    """`stay`: hang up after so many chunks."""
     started = time.monotonic()
-    status, failure = None, None
+    status, failure, left = None, None, False
     chunks: list[tuple[float, bytes]] = []
     try:
         async with client.stream("POST", url, content=body) as response:
             status = response.status_code
             async for chunk in response.aiter_raw():
                 chunks.append((time.monotonic() - started, chunk))
+                if left := len(chunks) == stay:
+                    break
     except httpx.HTTPError as error:
         failure = type(error).__name__
-    return Recording(started, time.monotonic() - started, status, tuple(chunks), failure)
+    return Recording(started, time.monotonic() - started, status, tuple(chunks), failure, left)
 
 
 def read(recording: Recording, max_tokens: int) -> Answer:

@@ -22,27 +22,31 @@ WORDS = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One request. `prompt` names a soft prompt; None is the bare model."""
+    """One request, answered with exactly `max_tokens` tokens. `prompt` names a soft prompt; None is the bare model."""
 
     text: str
     text_tokens: int
     prompt: str | None = None
+    max_tokens: int = 64
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """`requests` jobs, `concurrency` at a time, each answered with exactly `max_tokens` tokens.
+    """`requests` jobs, `concurrency` at a time, answered with `least_tokens` (None: as many) to `max_tokens` tokens.
 
-    Texts have `shortest` to `longest` tokens, uniformly; job i takes prompt i modulo their number. Another `seed` gives
-    other texts of other lengths, so that a second run finds none of its texts in a server's cache.
+    Texts have `shortest` to `longest` tokens, uniformly. Job i takes prompt i modulo their number or, with `zipf` s,
+    the prompt of rank r with probability in proportion to 1 / r^s. Another `seed` gives other texts of other lengths,
+    so that a second run finds none of its texts in a server's cache.
     """
 
     requests: int = 96
     concurrency: int = 32
     max_tokens: int = 64
+    least_tokens: int | None = None
     shortest: int = 32
     longest: int = 128
     prompts: tuple[str | None, ...] = (None,)
+    zipf: float = 0.0
     seed: int = 0
 
     def jobs(self, tokenizer: Tokenizer, corpus: Path | None = None) -> list[Job]:
@@ -56,15 +60,23 @@ class Workload:
         if len(offsets) <= needed:
             raise ValueError(f"{corpus} has {len(offsets)} tokens, the workload takes up to {needed}: give more text")
         at = self.seed * needed % (len(offsets) - needed)
-        lengths = random.Random(self.seed)
+        draw = random.Random(self.seed)
+        fewest = self.max_tokens if self.least_tokens is None else self.least_tokens
         jobs = []
-        for i in range(self.requests):
-            length = lengths.randint(self.shortest, self.longest)
+        for prompt in self._turns():
+            length = draw.randint(self.shortest, self.longest)
             piece = text[offsets[at][0] : offsets[at + length - 1][1]].strip()
             tokens = len(tokenizer.encode(piece, add_special_tokens=False).ids)
-            jobs.append(Job(piece, tokens, self.prompts[i % len(self.prompts)]))
+            jobs.append(Job(piece, tokens, prompt, draw.randint(fewest, self.max_tokens)))
             at += length
         return jobs
+
+    def _turns(self) -> list[str | None]:
+        """The prompt of each job."""
+        if self.zipf:
+            weights = [(rank + 1) ** -self.zipf for rank in range(len(self.prompts))]
+            return random.Random(self.seed).choices(self.prompts, weights, k=self.requests)
+        return [self.prompts[i % len(self.prompts)] for i in range(self.requests)]
 
 
 def load_tokenizer(checkpoint: Path) -> Tokenizer:

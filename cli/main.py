@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli import (
+    bench,
     compress,
     convert,
     evaluate,
@@ -89,6 +90,7 @@ app.command()(recover.recover)
 app.command()(matrix.matrix)
 app.command()(transfer.transfer)
 app.command()(report.report)
+app.command()(bench.bench)
 convert.add_to(prompts.app)
 app.add_typer(prompts.app, name="prompts")
 app.add_typer(keys.app, name="keys")

@@ -185,6 +185,8 @@ def _gauges(info: EngineInfo, stats: EngineStats) -> tuple[tuple[str, str, float
         ("num_requests_waiting", "Requests in the queue.", stats.waiting),
         ("num_requests_running", "Requests in the batch.", stats.running),
         ("num_tokens_waiting", "Text tokens in the queue.", stats.waiting_tokens),
+        ("weight_bytes", "Resident bytes of the weights.", info.weight_bytes),
+        ("kv_cache_bytes", "Bytes of all pages.", info.kv_bytes),
         ("kv_cache_usage_perc", "Share of pages in use, 0 to 1.", stats.pages_used / max(1, info.num_pages)),
         (
             "kv_cache_cached_perc",

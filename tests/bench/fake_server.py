@@ -19,9 +19,11 @@ FAULTS = frozenset({"busy", "broken", "cut", "short", "garbled"})
 def create_app() -> Starlette:
     prompts: dict[str, bytes] = {}
     seen: list[dict] = []
+    uploads: list[int] = []
 
     async def upload(request: Request) -> Response:
         prompts[request.path_params["task"]] = await request.body()
+        uploads.append(hash(prompts[request.path_params["task"]]))
         return JSONResponse({"version": 1}, 201)
 
     async def complete(request: Request) -> Response:
@@ -58,12 +60,16 @@ def create_app() -> Starlette:
     async def healthy(request: Request) -> Response:
         return JSONResponse({})
 
+    async def log_of_uploads(request: Request) -> Response:
+        return JSONResponse(uploads)
+
     async def log(request: Request) -> Response:
         return JSONResponse(seen)
 
     routes = [
         Route("/health", healthy),
         Route("/seen", log),
+        Route("/uploads", log_of_uploads),
         Route("/v1/completions", complete, methods=["POST"]),
         Route("/v1/prompts/{task}/versions", upload, methods=["POST"]),
     ]

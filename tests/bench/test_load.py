@@ -4,18 +4,21 @@ import json
 
 import httpx
 import pytest
+from typer.testing import CliRunner
 
 from bench import forms
-from bench.load import first_tokens, main, run
-from bench.workload import Job, Workload
+from bench.load import Pace, first_tokens, run
+from bench.soft_prompts import write_prompts
+from bench.workload import Job, Workload, load_tokenizer
+from cli.main import app
 
 TEXT = "water house road"
+COMMON = ("--requests", "4", "--max-tokens", "3")
 
 
 def ask(url, models, **kwargs):
-    workload = Workload(requests=len(models), concurrency=4, max_tokens=3)
-    jobs = [Job(TEXT, 3, model) for model in models]
-    return run(url, jobs, forms.named("base"), workload, **kwargs)
+    jobs = [Job(TEXT, 3, model, 3) for model in models]
+    return run(url, jobs, forms.named("base"), Pace(4), **kwargs)
 
 
 def test_good_answers_are_counted_and_timed(fake):
@@ -94,26 +97,68 @@ def test_first_tokens_never_send_a_text_twice_in_one_form(fake):
     assert [prompt for _, prompt in sent[:2]] == ["only 0", "only 1"]
 
 
-def test_command_line_writes_the_figures_and_fails_on_errors(fake, checkpoint, tmp_path):
-    import typer
-    from typer.testing import CliRunner
+def test_by_the_clock_requests_go_whatever_became_of_those_before(fake):
+    """20 a second: two at a time would take ten times as long, for a slow prompt answers after 0.2 s."""
+    httpx.post(f"{fake}/v1/prompts/late/versions", content=b"")
+    jobs = [Job(TEXT, 3, "late", 3)] * 20
+    result = run(fake, jobs, forms.named("base"), Pace(rate=200.0))
+    assert result.errors == {}
+    assert result.seconds < 20 * 0.2 / 2
+    slow = run(fake, jobs[:5], forms.named("base"), Pace(rate=5.0))
+    assert slow.seconds > 0.4
 
-    app = typer.Typer()
-    app.command()(main)
-    file = tmp_path / "figures.json"
-    common = [
-        "--checkpoint",
-        str(checkpoint),
-        "--url",
-        fake,
-        "--requests",
-        "4",
-        "--max-tokens",
-        "3",
-        "--json",
-        str(file),
-    ]
-    assert CliRunner().invoke(app, common).exit_code == 0
-    assert json.loads(file.read_text())["errors"] == {}
-    assert CliRunner().invoke(app, [*common, "--prompts", "nobody"]).exit_code == 1
-    assert json.loads(file.read_text())["errors"] == {"http 404": 4}
+
+def test_clients_that_hang_up_are_neither_good_nor_wrong(fake):
+    jobs = [Job(TEXT, 3, None, 8)] * 30
+    result = run(fake, jobs, forms.named("base"), Pace(rate=300.0, hang_up=0.5))
+    assert result.errors == {}
+    assert 5 < result.hung_up < 25
+    assert result.output_tokens_per_second == pytest.approx((30 - result.hung_up) * 8 / result.seconds)
+
+
+def test_answers_have_the_lengths_that_were_asked_of_each(fake, checkpoint):
+    jobs = Workload(requests=12, max_tokens=6, least_tokens=2).jobs(load_tokenizer(checkpoint))
+    assert {job.max_tokens for job in jobs} == {2, 3, 4, 5, 6}
+    result = run(fake, jobs, forms.named("base"), Pace(4))
+    assert result.errors == {}
+    assert result.output_tokens_per_second == pytest.approx(sum(job.max_tokens for job in jobs) / result.seconds)
+
+
+def test_uploads_go_on_beside_a_load_each_with_other_bytes(fake, checkpoint, tmp_path):
+    [name] = write_prompts(checkpoint, tmp_path, count=1, rows=2)
+    prompt = (tmp_path / f"{name}.safetensors").read_bytes()
+    jobs = [Job(TEXT, 3, None, 30)] * 8
+    seen = httpx.get(f"{fake}/uploads").json()
+    result = run(fake, jobs, forms.named("base"), Pace(2, uploads=40.0), upload=prompt)
+    assert result.errors == {}
+    uploads = httpx.get(f"{fake}/uploads").json()[len(seen) :]
+    assert len(uploads) == len(set(uploads)) == pytest.approx(40.0 * result.seconds, rel=0.3)
+    jobs = [Job(TEXT, 3, None, 3)]
+    refused = run(f"{fake}/nowhere", jobs, forms.named("base"), Pace(2, uploads=40.0), upload=prompt)
+    assert refused.errors["upload: http 404"] > 0
+
+
+def test_command_line_prints_the_figures_and_fails_on_errors(fake, checkpoint, tmp_path):
+    def bench(*args):
+        return CliRunner().invoke(app, ["bench", str(checkpoint), "--model", "base", "--url", fake, *COMMON, *args])
+
+    good = bench("--json")
+    assert good.exit_code == 0, good.output
+    assert json.loads(good.stdout)["errors"] == {}
+    wrong = bench("--prompts", "nobody", "--json")
+    assert (wrong.exit_code, json.loads(wrong.stdout)["errors"]) == (1, {"http 404": 4})
+    assert "--rate" in bench("--hang-up", "0.1").output
+    assert "--prompts" in bench("--ttft").output
+    assert "whole numbers" in bench("--concurrency", "1,many").output
+
+
+def test_command_line_measures_several_numbers_at_a_time_and_draws_them(fake, checkpoint, tmp_path):
+    pytest.importorskip("matplotlib")
+    plot = tmp_path / "plots" / "growth.svg"
+    command = ["bench", str(checkpoint), "--model", "base", "--url", fake, *COMMON]
+    done = CliRunner().invoke(app, [*command, "--concurrency", "1,4", "--plot", str(plot), "--json"])
+    assert done.exit_code == 0, done.output
+    one, four = json.loads(done.stdout)["data"]
+    assert (one["concurrency"], four["concurrency"]) == (1, 4)
+    assert one["seconds"] > four["seconds"]
+    assert "requests at a time" in plot.read_text()

@@ -11,15 +11,33 @@ import psutil
 import pytest
 from rich.console import Console
 
-from bench import forms, machine, soft_prompts
-from bench.race import BARE, FIRST_TOKEN, STITCHED, Measured, Race
-from bench.result import FirstToken, Result
+from bench import forms, lineup, machine, peers, soft_prompts
+from bench.__main__ import figures_table, report, verdict_table
+from bench.plan import Claim, Load, Plan
+from bench.race import Measured, Race
+from bench.result import FirstToken, Result, Start
 from bench.server import Contestant, serving
-from bench.side_by_side import figures_table, report, verdict_table
-from bench.verdict import OURS, Claim, judge, medians
+from bench.verdict import judge, medians
 from bench.workload import Workload, load_tokenizer
 
 FAKE_SERVER = Path(__file__).with_name("fake_server.py")
+SPEED = "output_tokens_per_second"
+SMALL = Workload(requests=4, concurrency=2, max_tokens=2)
+LOADS = {
+    load.name: load
+    for load in (
+        Load("stitched", SMALL, prompts=2),
+        Load("bare", SMALL),
+        Load("open", SMALL, kind="open", capacity="bare", capacity_of="vllm", share=0.5),
+        Load("uploads", SMALL, prompts=2, uploads=50.0),
+        Load("first token", SMALL, prompts=2, kind="first token"),
+        Load("start", SMALL, kind="start"),
+    )
+}
+
+
+def claim(load, figure=SPEED, ours=("ours*",), peers=("vllm",), **kwargs):
+    return Claim("W", "what", load, figure, ours, peers, **({"at_least": 2.0} | kwargs))
 
 
 def fake_contestant(name, checkpoint, folder):
@@ -27,55 +45,57 @@ def fake_contestant(name, checkpoint, folder):
     names = soft_prompts.write_prompts(checkpoint, folder, count=2, rows=3)
     upload = functools.partial(soft_prompts.upload, folder=folder, names=names)
     command = [sys.executable, str(FAKE_SERVER), "{port}"]
-    return Contestant(name, "bf16", command, forms.named("base"), {"NOTHING": "1"}, upload)
+    return Contestant(name, "bf16", command, forms.named("base"), {"NOTHING": "1"}, upload, lambda url: 1e6)
+
+
+def race_of(plan, checkpoint, folder):
+    names = soft_prompts.write_prompts(checkpoint, folder, count=2, rows=3)
+    upload = (folder / f"{names[0]}.safetensors").read_bytes()
+    return Race(plan, load_tokenizer(checkpoint), names, upload, logs=folder / "logs")
 
 
 def result(tokens_per_second):
-    return Result(1, {}, 1.0, tokens_per_second, 1.0, 1, *[None] * 7, 0.0)
+    return Result(1, {}, 0, 1.0, tokens_per_second, 1.0, 1, *[None] * 7, 0.0)
 
 
-def measured(number, contestant, workload, figures):
-    return Measured(number, contestant, workload, figures, 1.0, 0.1, True, 2.0, 3)
+def measured(number, contestant, load, figures):
+    return Measured(number, contestant, load, figures, None, 1.0, 0.1, True, 3.0)
 
 
-@pytest.mark.parametrize("resident", [True, False])
-def test_rounds_take_turns_and_leave_no_process(checkpoint, tmp_path, resident):
-    workload = Workload(requests=4, concurrency=2, max_tokens=2, prompts=("bench0", "bench1"))
-    race = Race(load_tokenizer(checkpoint), None, workload, pairs=2, resident=resident, logs=tmp_path / "logs")
-    lineup = [fake_contestant(name, checkpoint, tmp_path) for name in (OURS, "vllm")]
+def test_rounds_take_turns_and_leave_no_process(checkpoint, tmp_path):
+    claims = tuple(claim(load) for load in ("stitched", "bare", "open", "uploads"))
+    claims += (claim("first token", "ratio", peers=(), at_least=None, at_most=1.0),)
+    claims += (claim("start", "first_answer_seconds", at_least=None, at_most=1.0),)
+    race = race_of(Plan(LOADS, claims), checkpoint, tmp_path)
+    entrants = [fake_contestant(name, checkpoint, tmp_path) for name in ("ours", "vllm")]
     before = psutil.Process().children()
-    rows = list(race.run(lineup, rounds=2))
+    rows = list(race.run(entrants, rounds=2))
 
-    turns = [(row.round, row.contestant) for row in rows[::3]]
-    assert turns == [(0, OURS), (0, "vllm"), (1, OURS), (1, "vllm")]
-    assert len({row.start_seconds for row in rows}) == (2 if resident else 4)
-    assert [row.workload for row in rows] == [BARE, STITCHED, FIRST_TOKEN] * 4
-    assert [row.figures.errors for row in rows] == [{}] * 12
-    assert all(row.rss_bytes > 1 << 20 for row in rows)
+    both = [(load, name) for load in ("stitched", "bare", "open", "uploads") for name in ("ours", "vllm")]
+    turns = [*both, ("first token", "ours"), ("start", "ours"), ("start", "vllm")]
+    assert [(row.round, row.load, row.contestant) for row in rows] == [(i, *turn) for i in range(2) for turn in turns]
+    assert [row.figures.errors for row in rows] == [{}] * len(rows)
+    assert all(0.5 < row.beyond_model_mb < 500 for row in rows if row.load != "start")
+    capacity = {row.round: row.figures.requests_per_second for row in rows if (row.load, row.contestant) == both[3]}
+    assert [row.rate for row in rows if row.load == "open"] == [capacity[i] / 2 for i in (0, 0, 1, 1)]
+    assert all(isinstance(row.figures, Start) for row in rows if row.load == "start")
     assert psutil.Process().children() == before
 
-    told = json.loads(json.dumps(report(rows, lineup, race)))
+    told = json.loads(json.dumps(report(rows, entrants, race)))
     assert told["contestants"][0]["command"].startswith("NOTHING=1 ")
-    assert len(told["measured"]) == 12
-    assert told["verdicts"][0]["claim"] == "stitched: promptstitch / vllm"
+    assert len(told["measured"]) == len(rows)
+    assert [verdict["peer"] for verdict in told["verdicts"]] == ["vllm"] * 4 + ["", "vllm"]
     console = Console(width=200, record=True, quiet=True)
-    console.print(figures_table(rows), verdict_table(judge(rows)))
+    console.print(figures_table(rows), verdict_table(judge(rows, claims)))
 
 
 def test_no_text_is_sent_twice_to_one_process(checkpoint, tmp_path, monkeypatch):
     """A prefix cache would answer a repeated text without computing it."""
     seen = []
-
-    def remember(url):
-        monkeypatch.setattr(Race, "_jobs", lambda self, workload: seen.append(jobs(self, workload)) or seen[-1])
-
     jobs = Race._jobs
-    contestant = replace(fake_contestant("fake", checkpoint, tmp_path))
-    upload = contestant.prepare
-    contestant = replace(contestant, prepare=lambda url: (upload(url), remember(url)))
-    workload = Workload(requests=4, concurrency=2, max_tokens=2, prompts=("bench0", "bench1"))
-    race = Race(load_tokenizer(checkpoint), None, workload, pairs=2, resident=True, logs=tmp_path)
-    list(race.run([contestant], rounds=2))
+    monkeypatch.setattr(Race, "_jobs", lambda *args, **kwargs: seen.append(jobs(*args, **kwargs)) or seen[-1])
+    plan = Plan(LOADS, (claim("stitched"), claim("bare"), claim("first token", "ratio", peers=())))
+    list(race_of(plan, checkpoint, tmp_path).run([fake_contestant("ours", checkpoint, tmp_path)], rounds=2))
     texts = [job.text for batch in seen for job in batch]
     assert len(texts) == 2 + 2 + 2 * (4 + 4 + 4)
     assert len(set(texts)) == len(texts)
@@ -97,31 +117,89 @@ def test_children_are_stopped_and_counted(tmp_path):
     with serving(parent, tmp_path / "log") as running:
         assert httpx.get(f"{running.url}/health").status_code == 200
         [child] = running.process.children()
-        alone = running.process.memory_info().rss
-        assert running.rss_bytes() > alone
+        both = running.anonymous_bytes()
+        assert both > replace(running, process=child).anonymous_bytes() > 1 << 20
     psutil.wait_procs([child], timeout=5)
     assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 def test_ratios_are_of_one_round_and_medians_over_rounds():
-    rows = [measured(i, OURS, STITCHED, result(x)) for i, x in enumerate((100.0, 300.0, 200.0))]
-    rows += [measured(i, "llama.cpp-a", STITCHED, result(x)) for i, x in enumerate((50.0, 100.0, 25.0))]
-    rows += [measured(i, "llama.cpp-b", STITCHED, result(x)) for i, x in enumerate((10.0, 150.0, 50.0))]
-    [verdict] = judge(rows, [Claim(STITCHED, "llama.cpp", at_least=2.4)])
+    rows = [measured(i, "ours", "stitched", result(x)) for i, x in enumerate((100.0, 300.0, 200.0))]
+    rows += [measured(i, "llama.cpp-a", "stitched", result(x)) for i, x in enumerate((50.0, 100.0, 25.0))]
+    rows += [measured(i, "llama.cpp-b", "stitched", result(x)) for i, x in enumerate((10.0, 150.0, 50.0))]
+    [verdict] = judge(rows, [claim("stitched", peers=("llama.cpp-*",), at_least=2.4)])
     assert (verdict.low, verdict.median, verdict.high, verdict.ok) == (2.0, 2.0, 4.0, False)
-    assert medians(rows)[OURS, STITCHED]["output_tokens_per_second"] == 200.0
-    assert medians(rows)[OURS, STITCHED]["ttft_p50"] is None
+    assert (verdict.ours, verdict.peer) == ("ours", "llama.cpp-b")
+    assert medians(rows)["ours", "stitched"][SPEED] == 200.0
+    assert medians(rows)["ours", "stitched"]["ttft_p50"] is None
+
+
+def test_the_best_of_ours_counts_unless_each_is_claimed():
+    rows = [measured(0, name, "bare", result(x)) for name, x in (("ours-a", 1.0), ("ours-b", 6.0), ("vllm", 2.0))]
+    [best] = judge(rows, [claim("bare")])
+    assert (best.ours, best.median, best.ok) == ("ours-b", 3.0, True)
+    assert [(v.ours, v.ok) for v in judge(rows, [claim("bare", each=True)])] == [("ours-a", False), ("ours-b", True)]
+
+
+def test_less_is_better_where_there_is_a_most():
+    rows = [measured(0, name, "bare", result(x)) for name, x in (("ours-a", 1.0), ("ours-b", 6.0), ("vllm", 2.0))]
+    [verdict] = judge(rows, [claim("bare", at_least=None, at_most=0.4)])
+    assert (verdict.ours, verdict.median, verdict.ok) == ("ours-a", 0.5, False)
+
+
+def test_ours_under_another_load_is_the_other_side_where_no_peer_is():
+    rows = [measured(0, "ours-a", load, result(x)) for load, x in (("stitched", 3.0), ("bare", 4.0))]
+    rows.append(measured(0, "ours-b", "bare", result(400.0)))
+    [verdict] = judge(rows, [claim("stitched", ours=("ours-a",), peers=(), peer_load="bare")])
+    assert (verdict.median, verdict.peer) == (0.75, "ours-a")
 
 
 def test_a_claim_without_both_sides_has_no_verdict():
-    rows = [measured(0, OURS, STITCHED, result(1.0)), measured(1, "vllm", STITCHED, result(1.0))]
-    assert judge(rows) == []
+    rows = [measured(0, "ours", "stitched", result(1.0)), measured(1, "vllm", "stitched", result(1.0))]
+    [verdict] = judge(rows, [claim("stitched")])
+    assert (verdict.median, verdict.ok) == (None, None)
 
 
-def test_first_token_claim_reads_our_own_ratio():
+def test_a_claim_may_be_of_a_figure_alone():
     figures = FirstToken(3, {}, 12.0, 10.0, 1.2, 1.1, 1.3, 0.1)
-    [verdict] = judge([measured(0, OURS, FIRST_TOKEN, figures)])
-    assert (verdict.bound, verdict.median, verdict.ok) == ("<= 1.15", 1.2, False)
+    [verdict] = judge(
+        [measured(0, "ours", "first token", figures)],
+        [claim("first token", "ratio", peers=(), at_least=None, at_most=1.15)],
+    )
+    assert (verdict.bound, verdict.median, verdict.peer, verdict.ok) == ("<= 1.15", 1.2, "", False)
+
+
+def test_the_plan_of_the_race_holds_together():
+    """Every load and figure that a claim names is there, and every contestant is put under what claims need of it."""
+    plan = Plan.read()
+    figures = {"ratio", "first_answer_seconds", "beyond_model_mb", *Result.__dataclass_fields__}
+    for each in plan.claims:
+        assert each.load in plan.loads
+        assert each.against in {"", *plan.loads}
+        assert each.figure in figures
+        assert (each.at_least is None) != (each.at_most is None)
+    needs = {
+        name: [load.name for load in plan.needs(name)] for name in ("promptstitch-w8g64", "llama.cpp-q4_0", "vllm")
+    }
+    assert needs["promptstitch-w8g64"] == ["bare", "single"]
+    assert needs["llama.cpp-q4_0"] == ["stitched", "bare", "single", "long"]
+    assert needs["vllm"] == ["stitched", "bare", "long", "mixed", "open", "start"]
+    assert {each.line for each in Plan.read(only=["W5", "W6"]).claims} == {"W5", "W6"}
+    with pytest.raises(ValueError, match="no line W9; lines are W1"):
+        Plan.read(only=["W9"])
+
+
+def test_a_peer_that_is_not_set_up_is_named(tmp_path):
+    assert peers.missing(tmp_path, ["promptstitch", "vllm", "llama.cpp-q4_0"]) == ["vllm", "llama.cpp-q4_0"]
+
+
+def test_a_contestant_of_ours_is_a_level_or_a_folder(checkpoint, tmp_path):
+    """A folder's level is in its manifest: none is asked for."""
+    made = lineup.ours(checkpoint, tmp_path, tmp_path, (), "w4g64")
+    given = lineup.ours(checkpoint, tmp_path, tmp_path, (), str(tmp_path))
+    assert (made.name, given.name) == ("promptstitch-w4g64", f"promptstitch-{tmp_path.name}")
+    assert made.command[-2:] == ["--level", "w4g64"]
+    assert "--level" not in given.command
 
 
 def test_machine_is_described_and_its_busy_cores_counted():

@@ -1,5 +1,7 @@
 """Jobs are the same for the same seed, of the asked lengths, and every text is sent once."""
 
+from collections import Counter
+
 import pytest
 
 from bench.workload import Workload, load_tokenizer
@@ -34,3 +36,11 @@ def test_too_little_text_is_refused(checkpoint, tmp_path):
     corpus.write_text("water " * 100)
     with pytest.raises(ValueError, match="100 tokens"):
         Workload(requests=10, longest=10).jobs(load_tokenizer(checkpoint), corpus)
+
+
+def test_prompts_by_rank_fall_off_as_zipf_says(checkpoint):
+    names = tuple(f"p{i}" for i in range(20))
+    jobs = Workload(requests=3000, shortest=1, longest=2, prompts=names, zipf=1.0).jobs(load_tokenizer(checkpoint))
+    counts = Counter(job.prompt for job in jobs)
+    assert counts["p0"] / counts["p1"] == pytest.approx(2.0, rel=0.2)
+    assert counts["p0"] / counts["p9"] == pytest.approx(10.0, rel=0.4)
