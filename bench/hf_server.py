@@ -106,7 +106,7 @@ def _completion(name: str, text: str) -> dict[str, Any]:
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="Folder in the Hub's layout.")],
-    port: int,
+    port: Annotated[int, typer.Option(help="On 127.0.0.1.")],
     prompts: Annotated[Path, typer.Option(help="Folder of {name}.safetensors with `prompt_embeddings` (N, H).")],
     mode: Mode = Mode.generate,
     model: Annotated[str, typer.Option(help="Name of the bare model.")] = "base",

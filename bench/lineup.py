@@ -107,3 +107,11 @@ def llama_cpp(checkpoint: Path, root: Path, quantisation: str, concurrency: int,
     command += ["--parallel", str(concurrency), "--ctx-size", str(CONTEXT * concurrency)]
     form = forms.text_prefix(BASE, load_tokenizer(checkpoint), rows)
     return Contestant(f"llama.cpp-{quantisation}", quantisation, command, form)
+
+
+def hugging_face(checkpoint: Path, prompts: Path, concurrency: int, mode: str) -> Contestant:
+    """transformers in bf16 by `generate` or by its continuous batching, or PEFT: a mode of `bench.hf_server`."""
+    name = {"generate": "transformers", "continuous": "transformers-continuous", "peft": "peft"}[mode]
+    command = [sys.executable, "-m", "bench.hf_server", "--checkpoint", str(checkpoint), "--prompts", str(prompts)]
+    command += ["--mode", mode, "--model", BASE, "--batch", str(concurrency), "--port", "{port}"]
+    return Contestant(name, "bf16", command, forms.named(BASE), {"HF_HUB_OFFLINE": "1"})

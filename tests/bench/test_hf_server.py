@@ -6,13 +6,17 @@ import json
 import httpx
 import pytest
 import torch
+import typer
+from safetensors.torch import save_file
 from support.tiny import reference
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
+from typer.testing import CliRunner
 
+from bench import lineup
 from bench.hf_engines import continuous, generating, peft
-from bench.hf_server import create_app
+from bench.hf_server import create_app, main
 
 TEXTS = {"one": "t1 t2 t3 t4 t5", "two": "t7 t8 t9", "base": "t7 t8 t9"}
 COUNTS = {"one": 6, "two": 4, "base": 5}
@@ -126,3 +130,26 @@ async def test_what_it_cannot_do_is_refused(model, rows, tokenizer):
     assert [r.status_code for r in await ask(app(), ["three"])] == [404]
     assert [r.status_code for r in await ask(app(), ["one"], temperature=1)] == [400]
     assert [r.status_code for r in await ask(app(), ["one"], ignore_eos=False)] == [400]
+
+
+@pytest.mark.parametrize("mode", ["generate", "continuous", "peft"])
+@pytest.mark.filterwarnings("ignore:Position ids are not supported", "ignore:.*is_gradient_checkpointing")
+def test_the_command_of_the_lineup_serves_a_checkpoint(mode, model, rows, tokenizer, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save(str(tmp_path / "model/tokenizer.json"))
+    for name, soft in rows.items():
+        save_file({"prompt_embeddings": soft}, tmp_path / f"{name}.safetensors")
+    served = []
+    monkeypatch.setattr("uvicorn.run", lambda app, **options: served.append((app, options)))
+    monkeypatch.setattr("torch.set_num_threads", lambda number: None)
+    contestant = lineup.hugging_face(tmp_path / "model", tmp_path, 2, mode)
+    command = [part.replace("{port}", "8123") for part in contestant.command[3:]]
+    cli = typer.Typer()
+    cli.command()(main)
+    done = CliRunner().invoke(cli, command)
+    assert done.exit_code == 0, done.output
+    ((app, options),) = served
+    assert options["port"] == 8123
+    for name, response in zip(("one", "base"), asyncio.run(ask(app, ["one", "base"])), strict=True):
+        pieces, _, done = read(response)
+        assert (len(pieces), done) == (COUNTS[name], True)
