@@ -104,6 +104,7 @@ def main(
         raise typer.BadParameter(str(error), param_hint="--only") from None
     count = max(load.prompts for load in plan.loads.values())
     names = soft_prompts.write_prompts(checkpoint, root / "prompts", count)
+    soft_prompts.write_prompts(checkpoint, root / "few", lineup.FEW)
     store = Path(tempfile.mkdtemp(prefix="race-"))
     extra = [level for level in levels.split(",") if level]
     everybody = lineup.everybody(checkpoint, root, store, names, extra, llama_cpp.split(","))
@@ -111,7 +112,7 @@ def main(
     if missing := peers.missing(root, [c.name for c in taking]):
         console.print(f"not set up: {', '.join(missing)}. Run: python -m bench.peers --root {root}")
         raise typer.Exit(2)
-    upload = (root / f"prompts/{names[0]}.safetensors").read_bytes()
+    upload = (root / f"few/{names[0]}.safetensors").read_bytes()
     race = Race(plan, load_tokenizer(checkpoint), names, upload, corpus, patience, root / "logs")
     measured: list[Measured] = []
     try:

@@ -65,7 +65,7 @@ def peft(model: PreTrainedModel, rows: Rows, maximum: int, patience: float = PAT
 
     config, plain = model.config, model.generate
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    tuned = None
+    tuned: Any = None
     for name, soft in rows.items():
         shape = {"num_virtual_tokens": len(soft), "token_dim": config.hidden_size, "num_layers": layers}
         adapter = PromptTuningConfig(task_type="CAUSAL_LM", inference_mode=True, num_attention_heads=heads, **shape)
@@ -97,7 +97,7 @@ def continuous(model: PreTrainedModel, rows: Rows, maximum: int) -> Iterator[Sub
     ends = list(itertools.accumulate((len(soft) for soft in rows.values()), initial=len(table)))
     prompts = {name: list(range(*span)) for name, span in zip(rows, itertools.pairwise(ends), strict=True)}
     longer = torch.cat([table.detach(), *(soft.to(table.dtype) for soft in rows.values())])
-    model.set_input_embeddings(torch.nn.Embedding.from_pretrained(longer))
+    model.set_input_embeddings(torch.nn.Embedding(*longer.shape, _weight=longer))
     room = ContinuousBatchingConfig(
         page_size=PAGE,
         num_blocks=maximum * ROOM // PAGE,
@@ -137,7 +137,7 @@ def _left_padded(inputs: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Te
     return values, mask
 
 
-class _Streamer(BaseStreamer):
+class _Streamer(BaseStreamer):  # type: ignore[misc]
     """Gives every request its token of each step, up to as many as it asked for."""
 
     def __init__(self, asks: Sequence[Ask]) -> None:

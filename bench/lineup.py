@@ -32,18 +32,20 @@ def everybody(
 ) -> list[Contestant]:
     """All contestants: ours in bf16, at w4g64, with pages for a quarter of the prompts, and at `levels`; the peers.
 
-    `names` are of soft prompts in `root`/prompts, `llama` llama.cpp's quantisations; `store` takes our registries.
+    `names` are of soft prompts in `root`/prompts, the first FEW of them in `root`/few; `llama` are llama.cpp's
+    quantisations; `store` takes our registries.
     """
-    prompts = root / "prompts"
-    few = names[:FEW]
-    mine = functools.partial(ours, checkpoint, store, prompts)
+    few = root / "few"
+    mine = functools.partial(ours, checkpoint, store)
+    tight = ("--kv-memory", f"{TIGHT_MB}MB")
     return [
-        mine(few),
-        mine(few, PACKED),
-        mine(names, PACKED, name=f"tight-{PACKED}", flags=("--kv-memory", f"{TIGHT_MB}MB")),
-        *(mine(few, level) for level in levels),
-        vllm(checkpoint, root, prompts, CONCURRENCY),
+        mine(few, names[:FEW]),
+        mine(few, names[:FEW], PACKED),
+        mine(root / "prompts", names, PACKED, name=f"tight-{PACKED}", flags=tight),
+        *(mine(few, names[:FEW], level) for level in levels),
+        vllm(checkpoint, root, few, CONCURRENCY),
         *(llama_cpp(checkpoint, root, kind, CONCURRENCY, ROWS) for kind in llama),
+        *(hugging_face(checkpoint, few, CONCURRENCY, mode) for mode in ("generate", "continuous", "peft")),
     ]
 
 
