@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -65,7 +66,7 @@ def peft(model: PreTrainedModel, rows: Rows, maximum: int, patience: float = PAT
 
     config, plain = model.config, model.generate
     heads, layers = config.num_attention_heads, config.num_hidden_layers
-    tuned: Any = None
+    tuned: Any = None  # the PeftModel, once there is an adapter
     for name, soft in rows.items():
         shape = {"num_virtual_tokens": len(soft), "token_dim": config.hidden_size, "num_layers": layers}
         adapter = PromptTuningConfig(task_type="CAUSAL_LM", inference_mode=True, num_attention_heads=heads, **shape)
@@ -97,7 +98,7 @@ def continuous(model: PreTrainedModel, rows: Rows, maximum: int) -> Iterator[Sub
     ends = list(itertools.accumulate((len(soft) for soft in rows.values()), initial=len(table)))
     prompts = {name: list(range(*span)) for name, span in zip(rows, itertools.pairwise(ends), strict=True)}
     longer = torch.cat([table.detach(), *(soft.to(table.dtype) for soft in rows.values())])
-    model.set_input_embeddings(torch.nn.Embedding(*longer.shape, _weight=longer))
+    model.set_input_embeddings(torch.nn.Embedding(len(longer), longer.shape[1], _weight=longer))
     room = ContinuousBatchingConfig(
         page_size=PAGE,
         num_blocks=maximum * ROOM // PAGE,
