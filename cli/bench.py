@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -14,6 +15,8 @@ from cli.output import AsJson, CommandError, tell, tell_list
 
 if TYPE_CHECKING:
     from bench.forms import Form
+    from bench.load import Pace
+    from bench.workload import Workload
     from lab.progress import Report
 
 COLUMNS = (
@@ -74,10 +77,9 @@ def bench(
 
     Only whole answers count. Exits 1 if a request failed.
     """
-    from bench.load import Pace, first_tokens, run
-    from bench.workload import Workload, load_tokenizer
+    from bench.load import Pace
+    from bench.workload import Workload
     from cli.model import find_model
-    from lab.progress import progress
 
     several = [int(each) for each in concurrency.split(",") if each.isdigit() and int(each)]
     if len(several) != len(concurrency.split(",")):
@@ -89,24 +91,13 @@ def bench(
     if plot and (ttft or rate is not None):
         raise CommandError("--plot draws what --concurrency changes: leave --rate and --ttft out", usage=True)
     folder = find_model(checkpoint)
-    tokenizer = load_tokenizer(folder)
-    speak = _form(form, model or checkpoint, folder, prompt_dir)
     names: tuple[str | None, ...] = tuple(prompts.split(",")) if prompts else (None,)
-    rows: list[dict[str, Any]] = []
-    with progress(quiet=as_json) as report:
-        for i, many in enumerate(several if rate is None else several[:1]):
-            shape = Workload(requests, many, max_tokens, least_tokens, shortest, longest, names, zipf, seed + i)
-            try:
-                jobs = shape.jobs(tokenizer, corpus)
-            except ValueError as error:
-                raise CommandError(f"{error} (--corpus)") from error
-            pace, done = Pace(many, rate, hang_up, seed=seed), count(1)
-            answered = partial(_answered, report, f"{many} at a time", done, len(jobs))
-            if ttft:
-                rows.append(first_tokens(url, jobs, speak, key=key).as_json())
-            else:
-                figures = run(url, jobs, speak, pace, stream=stream, key=key, answered=answered)
-                rows.append({"concurrency": many} | figures.as_json())
+    shape = Workload(requests, 1, max_tokens, least_tokens, shortest, longest, names, zipf, seed)
+    target = _Target(url, key, _form(form, model or checkpoint, folder, prompt_dir), folder, corpus, stream, ttft)
+    rows = [
+        _measured(target, replace(shape, seed=seed + i), Pace(many, rate, hang_up, seed=seed), as_json)
+        for i, many in enumerate(several if rate is None else several[:1])
+    ]
     if len(rows) > 1:
         tell_list(rows, COLUMNS, as_json, "nothing was measured")
     else:
@@ -114,6 +105,36 @@ def bench(
     if plot:
         _draw(plot, rows)
     raise typer.Exit(any(row["errors"] for row in rows))
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where a load goes, and what of it stays the same."""
+
+    url: str
+    key: str | None
+    form: Form
+    checkpoint: Path
+    corpus: Path | None
+    stream: bool
+    ttft: bool
+
+
+def _measured(target: _Target, shape: Workload, pace: Pace, quiet: bool) -> dict[str, Any]:
+    from bench.load import first_tokens, run
+    from bench.workload import load_tokenizer
+    from lab.progress import progress
+
+    try:
+        jobs = shape.jobs(load_tokenizer(target.checkpoint), target.corpus)
+    except ValueError as error:
+        raise CommandError(f"{error} (--corpus)") from error
+    with progress(quiet=quiet) as report:
+        answered = partial(_answered, report, f"{pace.concurrency} at a time", count(1), len(jobs))
+        if target.ttft:
+            return first_tokens(target.url, jobs, target.form, key=target.key).as_json()
+        figures = run(target.url, jobs, target.form, pace, stream=target.stream, key=target.key, answered=answered)
+    return {"concurrency": pace.concurrency} | figures.as_json()
 
 
 def _answered(report: Report, step: str, done: Iterator[int], total: int) -> None:
