@@ -39,6 +39,7 @@ COPY llama llama
 COPY prompts_store prompts_store
 COPY lab lab
 COPY cli cli
+COPY bench bench
 RUN pip wheel --no-deps --no-build-isolation --wheel-dir /wheels .
 
 FROM python:${PYTHON} AS runtime

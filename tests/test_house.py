@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("server", "engine", "llama", "prompts_store", "lab", "cli")
+PACKAGES = ("server", "engine", "llama", "prompts_store", "lab", "bench", "cli")
 MAX_MODULE, MAX_FUNCTION = 350, 60  # lines
 # Calls that run or unpickle what they are given. `torch.load` is one even with weights_only.
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "os.system", "pickle.load"}
@@ -30,7 +30,7 @@ def sources(*folders: str) -> list[Path]:
 
 
 OURS = sources(*PACKAGES)
-ALL = sources(*PACKAGES, "tests", "scripts", "bench")
+ALL = sources(*PACKAGES, "tests", "scripts")
 
 
 def parsed(file: Path) -> ast.Module:
@@ -142,3 +142,12 @@ def test_the_checkers_have_nothing_to_say(command):
     tool = Path(sys.executable).parent / command[0]
     done = subprocess.run([tool, *command[1:]], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_the_image_gets_what_it_copies():
+    """`COPY lab lab` failed: .dockerignore let nothing of lab through."""
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    sources = {source for line in copied for source in line.split()}
+    let_through = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
+    assert sources == let_through
+    assert set(PACKAGES) <= sources
