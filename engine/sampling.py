@@ -43,13 +43,15 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
 
     Log-probabilities are of the raw logits. Then penalties, bias and bans; temperature; top_k, top_p, min_p.
     """
-    raw = {i: logits[i].log_softmax(-1) for i, row in enumerate(rows) if row.params.logprobs is not None}
-    for i, row in enumerate(rows):
-        _adjust(logits[i], row)
-    tokens = _best(logits).tolist()
-    for i, row in enumerate(rows):
-        if row.params.temperature > 0:
-            tokens[i] = _draw(logits[i] / row.params.temperature, row)
+    each = logits.unbind()
+    raw = {i: each[i].log_softmax(-1) for i, row in enumerate(rows) if row.params.logprobs is not None}
+    for one, row in zip(each, rows, strict=True):
+        _adjust(one, row)
+    best = _best(logits).tolist() if any(row.params.temperature <= 0 for row in rows) else []
+    tokens = [
+        _draw(one / row.params.temperature, row) if row.params.temperature > 0 else best[i]
+        for i, (one, row) in enumerate(zip(each, rows, strict=True))
+    ]
     return [
         Sampled(token, told(raw[i], token, row.params.logprobs or 0) if i in raw else None)
         for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
@@ -64,11 +66,16 @@ def told(logprobs: Tensor, token: int, top: int) -> TokenLogprob:
     )
 
 
-def noise(seed: int, index: int, step: int, size: int) -> Tensor:
-    """Standard Gumbel noise (size,), on the CPU, that depends on seed, choice and token position alone."""
+def noise(seed: int, index: int, step: int, size: int, ids: Tensor | None = None) -> Tensor:
+    """Standard Gumbel noise (size,), on the CPU, that depends on seed, choice and token position alone.
+
+    With `ids` what stands there (len(ids),), at less cost: the stream up to the last of them, the logarithms of them
+    alone.
+    """
     key = b"".join(part.to_bytes(8, "little") for part in (seed, index, step))
     stream = torch.Generator().manual_seed(int.from_bytes(hashlib.blake2b(key, digest_size=7).digest(), "little"))
-    return torch.rand(size, generator=stream).log_().neg_().log_().neg_()
+    drawn = torch.rand(size, generator=stream) if ids is None else torch.rand(int(ids.max()) + 1, generator=stream)[ids]
+    return drawn.log_().neg_().log_().neg_()
 
 
 def _best(logits: Tensor) -> Tensor:
@@ -110,31 +117,30 @@ def _draw(scaled: Tensor, row: Row) -> int:
     What is left is drawn by the Gumbel-max trick (Gumbel 1954). To invert the cumulative distribution would be cheaper;
     but there rounding, which differs from batch to batch, moves every border between two tokens.
     """
-    gumbel = noise(row.seed, row.index, len(row.tokens) - row.num_text, scaled.shape[0]).to(scaled.device)
+    at = (row.seed, row.index, len(row.tokens) - row.num_text, scaled.shape[0])
     if row.params.top_k == 0 and row.params.top_p >= 1 and row.params.min_p <= 0:
-        return int(gumbel.add_(scaled).argmax())
-    ids = _kept(scaled, row.params)
-    return int(ids[(scaled[ids] + gumbel[ids]).argmax()])
+        return int(noise(*at).to(scaled.device).add_(scaled).argmax())
+    values, ids = _kept(scaled, row.params)
+    return int(ids[noise(*at, ids.cpu()).to(scaled.device).add_(values).argmax()])
 
 
-def _kept(scaled: Tensor, params: SamplingParams) -> Tensor:
-    """The ids that the filters leave, best first."""
+def _kept(scaled: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+    """What the filters leave, best first: values and ids."""
     limit = min(params.top_k or scaled.shape[0], scaled.shape[0])
     values, ids = scaled.topk(min(limit, SHORTLIST))
-    total = values.logsumexp(-1) if limit <= SHORTLIST else scaled.logsumexp(-1)
-    if limit > SHORTLIST and not _reaches(values, total, params):
+    probabilities = (values - (values if limit <= SHORTLIST else scaled).logsumexp(-1)).exp()
+    if limit > SHORTLIST and not _reaches(probabilities, params):
         values, ids = scaled.topk(limit)
-        total = values.logsumexp(-1)
-    probabilities = (values - total).exp()
-    before = probabilities.cumsum(-1) - probabilities
-    keep = (before < params.top_p) & (probabilities >= params.min_p * probabilities[0])
-    keep[0] = True  # the best one always stays
-    return ids[keep]
+        probabilities = (values - values.logsumexp(-1)).exp()
+    keep = probabilities.cumsum(-1) - probabilities < params.top_p
+    if params.min_p > 0:
+        keep &= probabilities >= params.min_p * probabilities[0]
+    keep[:1].fill_(True)  # the best one always stays
+    return values[keep], ids[keep]
 
 
-def _reaches(values: Tensor, total: Tensor, params: SamplingParams) -> bool:
+def _reaches(probabilities: Tensor, params: SamplingParams) -> bool:
     """Whether what top_p and min_p keep lies within the shortlist (only if top_k does not cut behind it)."""
     if params.top_k:
         return False
-    probabilities = (values - total).exp()
     return bool(probabilities.sum() >= params.top_p or probabilities[-1] < params.min_p * probabilities[0])

@@ -106,6 +106,15 @@ def test_noise_depends_on_seed_choice_and_step_alone():
     assert len({float(noise(s, c, t, 1)) for s in range(8) for c in range(8) for t in range(8)}) == 512
 
 
+def test_noise_of_some_ids_is_the_whole_noises():
+    """To the bit: filters must not change what a seed draws."""
+    for step, size in enumerate((1, 260, 2048, 49_152)):
+        whole = noise(7, 0, step, size)
+        for count in {1, min(size, 5), min(size, 1000)}:
+            ids = torch.randperm(size, generator=torch.Generator().manual_seed(count))[:count]
+            assert torch.equal(noise(7, 0, step, size, ids), whole[ids])
+
+
 def test_noise_is_standard_gumbel():
     many = noise(0, 0, 0, 1_000_000)
     assert float(many.mean()) == pytest.approx(0.5772, abs=0.01)  # Euler's constant
