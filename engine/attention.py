@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -100,10 +101,11 @@ class NativeAttention:
         width = max(len(span.table) for span in spans)
         tables = [[*span.table, *[BLANK_PAGE] * (width - len(span.table))] for span in spans]
         tokens = [(row, at) for row, span in enumerate(spans) for at in range(span.start, span.end)]
-        self._tables = torch.tensor(tables, dtype=torch.int32)
-        self._rows = torch.tensor([row for row, _ in tokens], dtype=torch.int32)
-        self._lengths = torch.tensor([at + 1 for _, at in tokens], dtype=torch.int32)
-        self._slots = torch.tensor([slot for span in spans for slot in kv.slots(span)])
+        # By numpy, which reads lists three times as fast as torch does: the tables are read anew in each step.
+        self._tables = torch.from_numpy(np.array(tables, np.int32))
+        self._rows = torch.from_numpy(np.array([row for row, _ in tokens], np.int32))
+        self._lengths = torch.from_numpy(np.array([at + 1 for _, at in tokens], np.int32))
+        self._slots = torch.from_numpy(np.array([slot for span in spans for slot in kv.slots(span)], np.int64))
 
     @property
     def pages(self) -> Pages:
