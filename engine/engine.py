@@ -180,13 +180,16 @@ class LocalEngine:
 
     def _loop(self) -> None:
         while not self._stopped:
-            self._beat = time.monotonic()
-            for command in self._commands():
-                command()
-            self._expire(time.monotonic())
-            self._step()
+            self._turn()
         for ticket in list(self._tickets.values()):
             self._fail(ticket, "shutdown", "the server is shutting down")
+
+    def _turn(self) -> None:
+        self._beat = time.monotonic()
+        for command in self._commands():
+            command()
+        self._expire(time.monotonic())
+        self._step()
 
     def _commands(self) -> list[Callable[[], None]]:
         """What came in; waits a moment if there is nothing else to do."""
