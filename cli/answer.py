@@ -41,7 +41,7 @@ def answer(
     """
     query = None if ref is None else Query(parse_reference(ref), settings.resolution)
     params = SamplingParams(**{**sampling, "stop": tuple(sampling.get("stop", ()))})
-    chosen, identity = to_serve(settings, steps)
+    chosen, identity = to_serve(settings.model_copy(update={"kv_disk": 0}), steps)  # one prefix is not worth a look
     with open_store(chosen) as store:
         engine = start_engine(chosen, identity, steps)
         try:

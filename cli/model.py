@@ -98,6 +98,8 @@ def _options(settings: Settings) -> EngineOptions:
     return EngineOptions(
         page_size=settings.page_size,
         kv_bytes=settings.kv_memory,
+        kept_folder=_kept_folder(settings),
+        kept_bytes=settings.kv_disk,
         max_running=settings.max_running,
         max_batch_tokens=settings.max_batch_tokens,
         max_waiting=settings.max_queue,
@@ -106,6 +108,12 @@ def _options(settings: Settings) -> EngineOptions:
         max_virtual_tokens=settings.max_prompt_tokens,
         max_row_norm=settings.max_prompt_norm,
     )
+
+
+def _kept_folder(settings: Settings) -> Path | None:
+    """Where the store is, so that a volume which keeps one keeps the other."""
+    beside = settings.blobs.parent if settings.blobs else Path(settings.store)
+    return (settings.kv_folder or beside / "kv") if settings.kv_disk else None
 
 
 def _base_of(seed: Path) -> str:

@@ -30,6 +30,8 @@ PANELS = {
         "max_prompt_tokens",
         "max_prompt_norm",
         "kv_memory",
+        "kv_disk",
+        "kv_folder",
         "page_size",
         "max_running",
         "max_batch_tokens",

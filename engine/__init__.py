@@ -1,1 +1,1 @@
-"""One model, one loop: requests in, token events out. Knows no HTTP, no registry, no disk."""
+"""One model, one loop: requests in, token events out. Knows no HTTP and no registry."""

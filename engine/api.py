@@ -92,7 +92,8 @@ class EngineStats:
     prefix_queries: int  # text tokens looked up in the prefix cache
     prefix_hits: int
     soft_prefix_hits: int  # requests whose prompt's pages were there already
-    soft_prefix_misses: int
+    soft_prefix_misses: int  # whose prompt's pages were computed or restored
+    soft_prefix_restored: int  # of the misses, those whose pages came from disk
     aborted: Mapping[str, int]  # phase (queued, prefill, decode) -> requests
     failed_steps: int
     loaded_prompts: tuple[str, ...]  # digests whose prefix pages are resident

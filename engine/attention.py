@@ -66,6 +66,23 @@ class KVPages:
         for store in (self.keys, self.values):
             store.index_copy_(1, target, store.index_select(1, source))
 
+    @property
+    def page_bytes(self) -> int:
+        return 2 * self.keys[:, BLANK_PAGE].nbytes
+
+    def dump(self, pages: Sequence[int]) -> memoryview:
+        """What whole pages hold, as bytes of their own."""
+        index = torch.tensor(pages, device=self.keys.device)
+        held = torch.stack([store.index_select(1, index) for store in (self.keys, self.values)])
+        return held.cpu().view(torch.uint8).flatten().numpy().data
+
+    def load(self, pages: Sequence[int], dumped: memoryview) -> None:
+        """Make whole pages hold what others held when they were dumped."""
+        index = torch.tensor(pages, device=self.keys.device)
+        held = torch.frombuffer(dumped, dtype=self.keys.dtype).view(2, len(self.keys), len(pages), *self.keys.shape[2:])
+        for store, part in zip((self.keys, self.values), held.to(self.keys.device), strict=True):
+            store.index_copy_(1, index, part)
+
     def slots(self, span: Span) -> Sequence[int]:
         """Where the tokens of a span lie: page * page size + offset."""
         size = self.page_size

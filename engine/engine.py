@@ -1,7 +1,7 @@
 """The engine in this process: one model, one thread, one loop.
 
 `submit` and `cancel` may be called from any thread; everything else happens in the loop: take commands, drop what is
-late, schedule, run, sample, tell. Knows no HTTP, no names of prompts, no disk.
+late, schedule, run, sample, tell. Knows no HTTP, no names of prompts, and of disks no more than a folder's name.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from engine import limits, stitch
 from engine.api import EngineClosed, EngineInfo, EngineStats, InvalidRequest, Overloaded, Sink, Tokenizer
 from engine.attention import KVPages
 from engine.choice import advance, row_of, score_text
+from engine.kept import KeptPrefixes
 from engine.options import EngineOptions
 from engine.pages import PagePool
 from engine.request import Event, FailureCode, GenerationRequest, RequestDone, RequestFailed, Timings
@@ -55,9 +56,14 @@ class LocalEngine:
         self._options = options
         num_pages = options.num_pages(model)
         self._pool = PagePool(num_pages, options.page_size)
-        self._runner = Runner(model, KVPages(model.config, num_pages, options.page_size, model.dtype, model.device))
-        self._scheduler = Scheduler(self._pool, options.max_running, options.max_batch_tokens)
         self._info = _info(model, tokenizer, served, options, num_pages)
+        kv = KVPages(model.config, num_pages, options.page_size, model.dtype, model.device)
+        self._kept = None
+        if options.kept_folder is not None:
+            identity = stitch.fingerprint(model, kv, self._info.max_model_len)
+            self._kept = KeptPrefixes(options.kept_folder, options.kept_bytes, identity)
+        self._runner = Runner(model, kv, self._kept)
+        self._scheduler = Scheduler(self._pool, options.max_running, options.max_batch_tokens)
         self._max_norm = options.max_row_norm * stitch.largest_norm(model)
         self._special = frozenset(tokenizer.special_token_ids)
         self._tickets: dict[str, Ticket] = {}  # written under the lock, by submit and by the loop
@@ -130,6 +136,7 @@ class LocalEngine:
             prefix_hits=scheduler.prefix_hits,
             soft_prefix_hits=scheduler.soft_hits,
             soft_prefix_misses=scheduler.soft_misses,
+            soft_prefix_restored=self._runner.restored,
             aborted=dict(self._aborted),
             failed_steps=self._counts["failed_steps"],
             loaded_prompts=pool.labels(),
@@ -144,6 +151,8 @@ class LocalEngine:
             self._stopped = True
             self._wake.notify_all()
         self._thread.join()
+        if self._kept is not None:
+            self._kept.close()
 
     def _ticket(self, request: GenerationRequest, sink: Sink, max_tokens: int) -> Ticket:
         params, now, info = request.sampling, time.monotonic(), self._info

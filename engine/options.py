@@ -6,6 +6,7 @@ Knows shapes and bytes; knows no requests.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -22,6 +23,8 @@ class EngineOptions:
 
     page_size: int = 16
     kv_bytes: int | None = None  # None = 2 GiB on the CPU, 90 % of the free memory on CUDA
+    kept_folder: Path | None = None  # where prefixes of soft prompts are kept; None = nowhere
+    kept_bytes: int = 1 << 30  # of them
     max_running: int = 64  # sequences in a batch
     max_batch_tokens: int = 512  # computed in one step
     max_waiting: int = 512  # requests

@@ -12,9 +12,12 @@ from torch import Tensor
 
 from engine import stitch
 from engine.attention import KVPages, NativeAttention, Span, attend
+from engine.kept import KeptPrefixes
+from engine.pages import Block
 from engine.scheduler import Batch, Chunk
 from llama.model import Attend, Llama
 from llama.step import Step
+from prompts_store.prompt import SoftPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,11 +30,13 @@ class StepOutput:
 
 
 class Runner:
-    """Carries out batches."""
+    """Carries out batches. With `kept`, prefixes are looked for on disk before they are computed."""
 
-    def __init__(self, model: Llama, kv: KVPages) -> None:
+    def __init__(self, model: Llama, kv: KVPages, kept: KeptPrefixes | None = None) -> None:
         self.model = model
         self.kv = kv
+        self.restored = 0  # prefixes that were not computed
+        self._kept = kept
         self._step = Step.of(model)
 
     def run(self, batch: Batch) -> StepOutput:
@@ -39,7 +44,7 @@ class Runner:
         if batch.fresh:
             self.kv.blank(batch.fresh)
         for block, prompt in batch.fills:
-            stitch.fill(self.model, self.kv, prompt, block.pages)
+            self._fill(block, prompt)
         if batch.copies:
             self.kv.copy(batch.copies)
         chunks = batch.chunks
@@ -47,6 +52,17 @@ class Runner:
         ids = self._tensor([token for c in chunks for token in c.sequence.tokens[c.start : c.end]])
         positions = self._tensor([at for span in spans for at in range(span.start, span.end)])
         return self._logits(self._hidden(ids, positions, attend(self.kv, spans)), chunks, spans)
+
+    def _fill(self, block: Block, prompt: SoftPrompt) -> None:
+        kept, pages = self._kept, block.pages
+        found = kept.find(block.key, len(pages) * self.kv.page_bytes) if kept else None
+        if found is not None:
+            self.kv.load(pages, found)
+            self.restored += 1
+            return
+        stitch.fill(self.model, self.kv, prompt, pages)
+        if kept is not None:
+            kept.keep(block.key, self.kv.dump(pages))
 
     def _hidden(self, ids: Tensor, positions: Tensor, attention: Attend) -> Tensor:
         """ids, positions (T,) → (T, H) after the last norm."""

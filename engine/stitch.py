@@ -5,16 +5,19 @@ Both kinds end as the same pages. Knows pages and prompts; knows no requests, no
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 
 import torch
 
 from engine.attention import KVPages, Span, attend
+from engine.pages import BLANK_PAGE
 from llama.model import Llama
 from llama.rope import rotate
 from prompts_store.prompt import SoftPrompt
 
 EMBEDDED_AT_ONCE = 4096  # token ids
+PROBED = (4, 64)  # positions: few rows and many may be multiplied by different kernels
 
 
 @torch.inference_mode()
@@ -42,6 +45,23 @@ def mismatch(
     if prompt.kind == "rows" and (norm := float(prompt.tensors["prompt_embeddings"].norm(dim=-1).max())) > max_norm:
         return "norm_too_large", f"a row's norm is {norm:.3g}, this server allows {max_norm:.3g} (--max-prompt-norm)"
     return None
+
+
+@torch.inference_mode()
+def fingerprint(model: Llama, kv: KVPages, positions: int) -> bytes:
+    """Of all that pages depend on besides the prompt: what two probes of up to so many positions come to.
+
+    That is the weights and how they are multiplied: the compute dtype, 8-bit integers or not, which kernels this CPU
+    was found to be fastest with, and what an upgrade does to them. Before any page is in use: it overwrites some.
+    """
+    digest = hashlib.blake2b(repr(kv.keys[:, BLANK_PAGE].shape).encode())
+    for n in (min(probed, positions) for probed in PROBED):
+        pages = range(BLANK_PAGE + 1, BLANK_PAGE + 1 - (-n // kv.page_size))
+        rows = model.embed(torch.arange(n, device=model.device) % model.config.vocab_size)
+        kv.blank(pages)
+        fill(model, kv, SoftPrompt("rows", "", {"prompt_embeddings": rows.float().cpu()}), pages)
+        digest.update(kv.dump(pages))
+    return digest.digest()
 
 
 def fill(model: Llama, kv: KVPages, prompt: SoftPrompt, pages: Sequence[int]) -> None:

@@ -207,7 +207,8 @@ def _counts(stats: EngineStats) -> tuple[tuple[str, str, float], ...]:
         ("prefix_cache_queries", "Text tokens looked up.", stats.prefix_queries),
         ("prefix_cache_hits", "Text tokens found.", stats.prefix_hits),
         ("soft_prefix_hits", "Requests whose prompt was resident.", stats.soft_prefix_hits),
-        ("soft_prefix_misses", "Requests whose prompt had to be computed.", stats.soft_prefix_misses),
+        ("soft_prefix_misses", "Requests whose prompt was not resident.", stats.soft_prefix_misses),
+        ("soft_prefix_restored", "Of the misses, those read from disk.", stats.soft_prefix_restored),
     )
 
 

@@ -95,6 +95,10 @@ class Settings(BaseSettings):
     kv_memory: ByteSize | None = Field(
         None, gt=0, description="bytes of the KV cache, else 2 GiB or 90 % of a GPU's rest"
     )
+    kv_disk: ByteSize = Field(
+        ByteSize(1024 * MIB), ge=0, description="bytes of prompts' keys and values kept on disk; 0 keeps none"
+    )
+    kv_folder: Path | None = Field(None, description="where they are kept, else `kv` beside the prompts' bytes")
     page_size: int = Field(16, ge=1, le=1024, description="tokens in a page")
     max_running: int = Field(64, ge=1, le=4096, description="sequences in one batch")
     max_batch_tokens: int = Field(512, ge=16, le=65_536, description="tokens in one step, prefill and decode together")

@@ -9,11 +9,12 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import httpx
 import pytest
 
-from cli.model import EMBEDDED, EMBEDDED_LEVEL, shipped_prompts, start_engine, to_serve
+from cli.model import EMBEDDED, EMBEDDED_LEVEL, _options, shipped_prompts, start_engine, to_serve
 from cli.options import flag
 from cli.serve import PANELS
 from llama import identity
@@ -172,6 +173,21 @@ def test_a_checkpoint_without_a_manifest_is_hashed_once(model, level, tmp_path, 
     engine.close()
     assert len(hashed) == 1
     assert (engine.info.weights, engine.info.base) == (told.weights, told.base)
+
+
+@pytest.mark.parametrize(
+    ("given", "folder"),
+    [
+        ({"store": "/a/store"}, "/a/store/kv"),
+        ({"store": "sqlite:////a/store.db", "blobs": "/b/blobs"}, "/b/kv"),
+        ({"store": "/a/store", "kv_folder": "/c"}, "/c"),
+        ({"store": "/a/store", "kv_folder": "/c", "kv_disk": 0}, None),
+    ],
+)
+def test_where_prefixes_are_kept(given, folder):
+    options = _options(load_settings(**given))
+    assert options.kept_folder == (folder and Path(folder))
+    assert options.kept_bytes == given.get("kv_disk", 1 << 30)
 
 
 def test_the_shipped_prompt_was_learned_at_the_level_that_is_served_by_default():

@@ -20,7 +20,7 @@ def test_flag_beats_environment_beats_file_beats_default(monkeypatch, tmp_path):
     assert (settings.port, settings.host, settings.max_queue, settings.drain) == (83, "127.0.0.3", 7, 30.0)
 
 
-ANY_TEXT = {"model", "store", "base", "host", "allowed_hosts", "blobs"}
+ANY_TEXT = {"model", "store", "base", "host", "allowed_hosts", "blobs", "kv_folder"}
 
 
 @pytest.mark.parametrize("name", sorted(Settings.model_fields))

@@ -162,7 +162,8 @@ class FakeEngine:
             pages_used=len(self._running), pages_cached=0, steps=counts["steps"],
             last_step_age=time.monotonic() - self._beat, prompt_tokens=counts["prompt_tokens"],
             generation_tokens=counts["generation_tokens"], preemptions=0, prefix_queries=0, prefix_hits=0,
-            soft_prefix_hits=0, soft_prefix_misses=0, aborted=dict(self._aborted), failed_steps=counts["failed"],
+            soft_prefix_hits=0, soft_prefix_misses=0, soft_prefix_restored=0,
+            aborted=dict(self._aborted), failed_steps=counts["failed"],
             loaded_prompts=tuple({t.request.prompt.digest for t in self._running if t.request.prompt}),
         )  # fmt: skip
 
