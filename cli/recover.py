@@ -47,6 +47,9 @@ Dense = Annotated[
 Embedding = Annotated[
     str, typer.Option("--embedding", metavar="NAME", help="Of the checkpoint: keep, or q8, which we alone read.")
 ]
+Allocation = Annotated[
+    str, typer.Option("--allocation", metavar="NAME", help="Of the checkpoint: uniform, or sensitivity, equal bytes.")
+]
 Calibration = Annotated[int, typer.Option("--calibration-tokens", min=1, help="Read by the solver.")]
 Windows = Annotated[int, typer.Option("--windows", min=2, help="Windows that are scored of select and of report.")]
 Cache = Annotated[Path, typer.Option("--cache", metavar="DIR", help="Where dense states and scores are kept.")]
@@ -67,6 +70,7 @@ def recover(
     dense: Dense = None,
     base: Base = None,
     embedding: Embedding = "keep",
+    allocation: Allocation = "uniform",
     recipe: RecipeName = "default",
     change: Changes = None,
     tokens: Tokens = None,
@@ -108,6 +112,7 @@ def recover(
         seed=seed,
         base=base,
         embedding=embedding,
+        allocation=allocation,
     )
     settings = load_settings(config, store=store)
     (tell_json if as_json else _show)(_run(order, data, data_root, run, out, cache, settings, store, as_json))

@@ -193,6 +193,8 @@ def _planned(matrix: Matrix, cell: Cell, data: _Data) -> Plan:
         recipe=cell.recipe,
         budget=cell.budget,
         method=cell.method,
+        embedding=cell.embedding,
+        allocation=cell.allocation,
         calibration=table.calibration,
         windows=table.windows,
         bos=cast(Bos, table.bos),
@@ -203,7 +205,7 @@ def _planned(matrix: Matrix, cell: Cell, data: _Data) -> Plan:
         equal=equal,
         every=table.controls,
     )
-    places = Places(matrix.folder(cell), root / "levels" / cell.level, root / "teacher")
+    places = Places(matrix.folder(cell), root / "levels" / cell.made, root / "teacher")
     return planned(order, data[cell.task], places, table.tasks[cell.task].data)
 
 

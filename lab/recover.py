@@ -75,7 +75,8 @@ class Order:
     equal: SoftPrompt | None = None
     every: bool = False
     base: str | None = None  # of a foreign compressed model, as `llama.identity.identify` takes it
-    embedding: str = "keep"  # of the checkpoint that the solver writes, as it takes it
+    embedding: str = "keep"  # of the checkpoint that the solver writes, as it takes it; so is
+    allocation: str = "uniform"
 
 
 @dataclass(frozen=True)
@@ -126,6 +127,7 @@ class Plan:
             "budget": {"amount": order.budget.amount, "unit": order.budget.unit},
             "calibration": order.calibration if self.solve else None,
             **({"embedding": order.embedding} if self.solve and order.embedding != "keep" else {}),
+            **({"allocation": order.allocation} if self.solve and order.allocation != "uniform" else {}),
             "windows": order.windows,
             "data": self.splits.data,
             "bos": order.bos,
@@ -163,11 +165,12 @@ def planned(order: Order, splits: Splits, places: Places, data: str) -> Plan:
             "model was made from, or say that it is (--base)"
         )
     solve = order.level is not None and (order.method is not None or order.level not in LOAD_LEVELS)
-    if order.embedding != "keep" and not solve:
-        raise LearnError(
-            f"embedding is {order.embedding!r}, but {order.level or 'the model'} is made while loading and writes no "
-            "checkpoint; name a method, --method gptq"
-        )
+    for name, asked, usual in (("embedding", order.embedding, "keep"), ("allocation", order.allocation, "uniform")):
+        if asked != usual and not solve:
+            raise LearnError(
+                f"{name} is {asked!r}, but {order.level or 'the model'} is made while loading and writes no "
+                "checkpoint; name a method, --method gptq"
+            )
     if not splits.parts["calibration"] and solve:
         raise DataError("no document is left to calibrate on; give more documents, of more sites")
     plan = Plan(order, places, splits, _materials(order, splits, data), solve, stored.base, stored.weights)
@@ -248,6 +251,7 @@ def compress(plan: Plan, report: Report) -> Mapping[str, Any]:
             method=made.recipe.method.name,
             calibration_tokens=int(tokens.real.sum()) if tokens else 0,
             embedding=made.order.embedding,
+            allocation=made.order.allocation,
             **{f"{name}_bytes": value for name, value in asdict(sizes).items()},
         )
         return dict(run.figures)
@@ -267,7 +271,15 @@ def _solver_order(plan: Plan) -> solver.Order:
     order = plan.order
     assert order.level is not None
     place = plan.places.checkpoint
-    return solver.Order(order.model, place, order.level, order.method, embedding=order.embedding, device=order.device)
+    return solver.Order(
+        order.model,
+        place,
+        order.level,
+        order.method,
+        embedding=order.embedding,
+        device=order.device,
+        allocation=order.allocation,
+    )
 
 
 def _calibration(model: Path, documents: Sequence[Document], order: Order) -> tuple[Tokens, str]:

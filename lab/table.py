@@ -17,6 +17,8 @@
     [[runs]]
     levels = ["dense", "w4g64-s50", "w3g64@gptq"]   # LEVEL or LEVEL@METHOD; without one, at load where that can be
     kinds = ["rows", "kv"]
+    allocations = ["uniform"]     # or "sensitivity", of what the solver makes
+    embeddings = ["keep"]         # or "q8", likewise
     recipes = ["default"]
     tasks = ["general"]
     seeds = [0, 1, 2]
@@ -28,12 +30,14 @@ a cell is the equal-budget control of the cells that differ from it in the level
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from lab.compress.allocation import ALLOCATIONS
+from lab.compress.compress import EMBEDDINGS
 from lab.errors import RunError
 from lab.learn.budget import Budget, parse_budget
 from lab.learn.recipe import KINDS, Kind, Recipe, read_recipe
@@ -41,7 +45,7 @@ from lab.learn.recipe import KINDS, Kind, Recipe, read_recipe
 DENSE = "dense"
 TOP = {"model", "calibrate", "tokens", "steps", "budget", "windows", "controls", "device", "dtype", "compute", "bos"}
 TOP |= {"calibration_tokens", "tasks", "recipes", "runs"}
-RUN = {"levels", "kinds", "recipes", "tasks", "seeds", "tokens", "steps", "budget"}
+RUN = {"levels", "allocations", "embeddings", "kinds", "recipes", "tasks", "seeds", "tokens", "steps", "budget"}
 
 
 class TableError(RunError):
@@ -59,7 +63,8 @@ class Task:
 
 @dataclass(frozen=True)
 class Cell:
-    """One run. `level` with the method behind `@`, if one was named."""
+    """One run. `level` with the method behind `@`, if one was named; how the solver allocates and what the embedding is
+    stored as are the usual at `dense`."""
 
     level: str
     kind: Kind
@@ -68,11 +73,19 @@ class Cell:
     seed: int
     recipe: Recipe
     budget: Budget
+    allocation: str = ALLOCATIONS[0]
+    embedding: str = EMBEDDINGS[0]
+
+    @property
+    def made(self) -> str:
+        """Names the compressed model: its level, and what is unusual about how it was made."""
+        how = ((self.allocation, ALLOCATIONS), (self.embedding, EMBEDDINGS))
+        return "+".join([self.level, *(each for each, (usual, *_) in how if each != usual)])
 
     @property
     def name(self) -> str:
         """Names its folder."""
-        return f"{self.level}.{self.kind}.{self.recipe_name}.{self.task}.{self.seed}"
+        return f"{self.made}.{self.kind}.{self.recipe_name}.{self.task}.{self.seed}"
 
     @property
     def method(self) -> str | None:
@@ -85,7 +98,7 @@ class Cell:
     @property
     def twin(self) -> str:
         """The name of the cell on the dense model."""
-        return replace(self, level=DENSE).name
+        return replace(self, level=DENSE, allocation=ALLOCATIONS[0], embedding=EMBEDDINGS[0]).name
 
 
 @dataclass(frozen=True)
@@ -145,18 +158,19 @@ def _cells(run: Any, told: Mapping[str, Any]) -> list[Cell]:
     found = []
     axes = (
         _list(run, "levels", str, None),
-        _list(run, "kinds", str, list(KINDS[:1])),
+        _choices(run, "allocations", ALLOCATIONS),
+        _choices(run, "embeddings", EMBEDDINGS),
+        _choices(run, "kinds", KINDS),
         _list(run, "recipes", str, ["default"]),
         _list(run, "tasks", str, None),
         _list(run, "seeds", int, [0]),
     )
-    for level, kind, name, task, seed in product(*axes):
-        if kind not in KINDS:
-            raise TableError(f"kinds: {kind!r} is none of {', '.join(KINDS)}")
+    for level, allocation, embedding, kind, name, task, seed in product(*axes):
         recipe = _recipe(name, kind, _table(told, "recipes"))
+        how = (allocation, embedding)
         if level == DENSE:
-            recipe = replace(recipe, distil=0.0)
-        found.append(Cell(level, kind, name, task, seed, recipe, _budget(run, told, recipe)))
+            recipe, how = replace(recipe, distil=0.0), (ALLOCATIONS[0], EMBEDDINGS[0])
+        found.append(Cell(level, kind, name, task, seed, recipe, _budget(run, told, recipe), *how))
     return found
 
 
@@ -213,6 +227,14 @@ def _list(told: Mapping[str, Any], name: str, kind: type, default: list[Any] | N
     if not isinstance(value, list) or not all(type(item) is kind for item in value) or (default is None and not value):
         raise TableError(f"{name} must be a list of {kind.__name__}, got {value!r}")
     return value
+
+
+def _choices(told: Mapping[str, Any], name: str, known: Sequence[str]) -> list[Any]:
+    """Some of the known, the first by default."""
+    found = _list(told, name, str, list(known[:1]))
+    if odd := [each for each in found if each not in known]:
+        raise TableError(f"{name}: {odd[0]!r} is none of {', '.join(known)}")
+    return found
 
 
 def _typed(told: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:

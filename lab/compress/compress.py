@@ -34,7 +34,7 @@ from llama.manifest import Manifest
 EXPORTS = ("packed", "dense")
 EMBEDDINGS = ("keep", "q8")
 SWEEPS = 3
-ALLOCATED = "allocation"  # among a run's figures: block, step and which of the level's alternatives
+ALLOCATED = "allocated"  # among a run's figures: block, step and which of the level's alternatives
 SEALED = "manifest"  # among a run's figures: what the checkpoint says of itself
 EMBEDDING, HEAD, FINAL_NORM = "model.embed_tokens", "lm_head", "model.norm.weight"
 

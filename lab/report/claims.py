@@ -37,7 +37,7 @@ class Claim:
     def method(self) -> str:
         """How the model was compressed, where a run that did it is at hand or the evaluation did it."""
         if self.made:
-            return str(self.made.figures.get("method"))
+            return made_by(self.made.figures)
         return "-" if self.level == "dense" else str(self.told.get("method") or GAP)
 
     @property
@@ -93,6 +93,12 @@ class Claim:
     @property
     def recovery(self) -> Mapping[str, Any]:
         return dict(self.told.get("recovery") or {})
+
+
+def made_by(told: Mapping[str, Any]) -> str:
+    """The method of a run of `compress`, with what was unusual about it."""
+    how = (told.get("allocation"), told.get("embedding"))
+    return ", ".join([str(told.get("method")), *(str(each) for each in how if each not in (None, "uniform", "keep"))])
 
 
 def claims(evidence: Evidence) -> list[Claim]:

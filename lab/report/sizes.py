@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lab.errors import RunError
-from lab.report.claims import Claim
+from lab.report.claims import Claim, made_by
 from lab.report.evidence import Evidence, Record
 from lab.report.page import GAP, Section, Table, megabytes, number, short
 from lab.report.sources import Sources
@@ -85,7 +85,7 @@ def _compressed(record: Record, sources: Sources) -> list[str]:
     told = record.figures
     sizes = [megabytes(told.get(f"{field}_bytes")) for field in ("disk", "resident", "paper")]
     smaller = [_ratio(told.get(f"{dense}_bytes"), told.get(f"{own}_bytes")) for dense, own in _RATIOS]
-    return [_name(record), str(told.get("level")), str(told.get("method")), *sizes, *smaller, sources.cite(record)]
+    return [_name(record), str(told.get("level")), made_by(told), *sizes, *smaller, sources.cite(record)]
 
 
 def _ratio(dense: float | None, own: float | None) -> str:

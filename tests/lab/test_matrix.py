@@ -104,6 +104,28 @@ def test_every_cell_is_carried_out_and_a_second_call_does_nothing(command, table
     assert [each["loss"] for each in again] == [each["loss"] for each in cells.values()]
 
 
+def test_how_a_level_is_made_tells_its_cells_apart(command, table, tmp_path):
+    runs = (
+        '\n[[runs]]\nlevels = ["dense", "w3g64@gptq"]\nallocations = ["uniform", "sensitivity"]\n'
+        'embeddings = ["keep", "q8"]\nrecipes = ["small"]\ntasks = ["letters"]\n'
+    )
+    file, root = table(runs), tmp_path / "root"
+    names = [cell.name for cell in read_table(file).cells]
+    models = ["w3g64@gptq", "w3g64@gptq+q8", "w3g64@gptq+sensitivity", "w3g64@gptq+sensitivity+q8"]
+    assert names == [f"{model}.rows.small.letters.0" for model in ["dense", *models]]
+    assert {cell.twin for cell in read_table(file).cells} == {names[0]}
+    only = ["--only", f"{models[-1]}.rows.small.letters.0"]
+    assert command("matrix", file, "--root", root, "--only", names[0]).exit_code == 0
+    result = command("matrix", file, "--root", root, *only)
+    assert result.exit_code == 0, result.output
+    assert [each.name for each in (root / "levels").iterdir() if each.suffix != ".run"] == models[-1:]
+    made = json.loads((root / "levels" / f"{models[-1]}.run" / "figures.json").read_text())
+    assert (made["embedding"], made["allocation"]) == ("q8", "sensitivity")
+    page = tmp_path / "page"
+    assert command("report", root, "--out", page).exit_code == 0
+    assert "| w3g64 | gptq, sensitivity, q8 |" in (page / "results.md").read_text()
+
+
 def test_a_cell_that_fails_is_told_and_stops_no_other(command, table, tmp_path):
     bad = RECIPE.replace("small", "long").replace("window = 32", "window = 400")
     runs = '\n[[runs]]\nlevels = ["w3g64"]\nrecipes = ["long", "small"]\ntasks = ["letters"]\n'
@@ -205,6 +227,10 @@ def test_bits_in_memory(level, bits):
         ('model = "x"\nlevels = 3', "levels is not known"),
         ('model = "x"\n[tasks.a]\ndata = "c4"\n[[runs]]\nlevels = ["w3g64"]\ntasks = ["b"]', r"no \[tasks.b\]"),
         ('model = "x"\n[tasks.a]\ndata = "c4"\n[[runs]]\nlevels = "w3g64"\ntasks = ["a"]', "levels must be a list"),
+        (
+            'model = "x"\n[tasks.a]\ndata = "c4"\n[[runs]]\nlevels = ["w3g64"]\nembeddings = ["q4"]\ntasks = ["a"]',
+            "embeddings: 'q4' is none of keep, q8",
+        ),
         (
             'model = "x"\n[tasks.a]\ndata = "c4"\n[[runs]]\nlevels = ["w3g64"]\nkinds = ["x"]\ntasks = ["a"]',
             "none of rows",

@@ -224,6 +224,8 @@ def test_data_that_cannot_be_used(command, checkpoint, tmp_path, name):
         (["--level", "w5g64"], "bits are one of 2, 3, 4, 8"),
         ([], "say which level"),
         (["--level", "w3g64", "--method", "wanda"], "choose one of: gptq, rtn"),
+        (["--level", "w3g64", "--allocation", "sensitivity"], "is made while loading and writes no checkpoint"),
+        (["--level", "s50", "--allocation", "even"], "choose one of: uniform, sensitivity"),
     ],
 )
 def test_orders_that_cannot_be_had(command, asked, options, message):
