@@ -23,6 +23,7 @@ from cli.subject import find_prompt, prompt_from_file, told_of
 if TYPE_CHECKING:
     from lab.data.documents import Document
     from lab.data.windows import Windows
+    from lab.evaluate.choosing import Others
     from lab.evaluate.conditions import Dense as DenseScores
     from llama.load import LoadedModel
     from llama.tokenizer import HubTokenizer
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from server.settings import Settings
 
 PANELS = {"Model": ("level", "dtype", "compute", "device", "base"), "Prompt": ("store", "blobs", "resolution")}
+PREFIXES = 16  # real texts that are tried
 PARTS = ("all", "report", "select")
 PATIENCE = 2.0  # seconds before anyone wants to see a bar
 
@@ -52,6 +54,14 @@ DensePrompt = Annotated[
     Path | None, typer.Option("--dense-prompt", metavar="FILE", help="An equal prompt, learned on the dense model.")
 ]
 Controls = Annotated[bool, typer.Option("--controls", help="Score prompts that nobody learned, too.")]
+Prefixes = Annotated[
+    int | None,
+    typer.Option("--prefixes", min=0, metavar="K", help="And the best of K real texts, of other parts; 0: not.  [16]"),
+]
+PrefixText = Annotated[
+    str | None,
+    typer.Option("--prefix-text", metavar="FILE|NAME", help="What these are of; else --text, --part report."),
+]
 Tasks = Annotated[str | None, typer.Option("--tasks", metavar="NAMES", help="lm-eval tasks, by commas: boolq,piqa.")]
 Items = Annotated[int, typer.Option("--task-items", min=1, help="Items of each task.")]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", metavar="DIR", help="Where names are looked up first.")]
@@ -72,6 +82,8 @@ def evaluate(
     dense: Dense = None,
     dense_prompt: DensePrompt = None,
     controls: Controls = False,
+    prefixes: Prefixes = None,
+    prefix_text: PrefixText = None,
     tasks: Tasks = None,
     task_items: Items = 1000,
     data_root: DataRoot = None,
@@ -90,6 +102,9 @@ def evaluate(
         ("--dense-prompt", dense_prompt, prompt and dense, "--prompt and --dense"),
         ("--dense", dense, text, "--text"),
         ("--part", part != "all", text, "--text"),
+        ("--prefixes", prefixes, controls and text, "--controls and --text"),
+        ("--prefix-text", prefix_text, controls and text, "--controls and --text"),
+        ("--prefixes", prefixes, part == "report" or prefix_text, "--part report or --prefix-text"),
     ):
         if value and not needed:
             raise CommandError(f"{name} is of use with {why} only", usage=True)
@@ -98,8 +113,24 @@ def evaluate(
     from server.settings import load_settings
 
     settings = load_settings(config, model=model, **flags)
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
-    asked = _Asked(prompt, text, part, window, dense, dense_prompt, controls, names, task_items, data_root, cache, seed)
+    if prefixes is None:
+        prefixes = PREFIXES if controls and text and (part == "report" or prefix_text) else 0
+    asked = _Asked(
+        prompt=prompt,
+        text=text,
+        part=part,
+        window=window,
+        dense=dense,
+        dense_prompt=dense_prompt,
+        controls=controls,
+        prefixes=prefixes,
+        prefix_text=prefix_text,
+        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
+        items=task_items,
+        root=data_root,
+        cache=cache,
+        seed=seed,
+    )
     with patient_progress() as steps:
         told = _evaluate(settings, asked, run, steps)
     if as_json:
@@ -109,7 +140,7 @@ def evaluate(
     return None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class _Asked:
     """The command line."""
 
@@ -120,6 +151,8 @@ class _Asked:
     dense: str | None
     dense_prompt: Path | None
     controls: bool
+    prefixes: int
+    prefix_text: str | None
     tasks: tuple[str, ...]
     items: int
     root: Path | None
@@ -150,13 +183,14 @@ def _evaluate(settings: Settings, asked: _Asked, folder: Path | None, steps: Ste
     prompt, found = find_prompt(asked.prompt, loaded, tokenizer, chosen)
     told = told_of(loaded, chosen, prompt, found)
     texts = _documents(asked) if asked.text else None
-    with nullcontext() if folder is None else open_run(folder, _record(asked, told, texts), asked.seed) as run:
+    others = _others(asked, texts) if texts and asked.prefixes else None
+    with nullcontext() if folder is None else open_run(folder, _record(asked, told, texts, others), asked.seed) as run:
         kept = run.figures if run else {}
         if "seconds" in kept:
             return dict(kept)
         cache = asked.cache or (run.folder / "cache" if run else None)
         if texts is not None:
-            told |= _text(replace(asked, cache=cache), texts, loaded, tokenizer, prompt, steps)
+            told |= _text(replace(asked, cache=cache), texts, others, loaded, tokenizer, prompt, steps)
         for name in asked.tasks:
             done = kept.get("tasks", {}).get(name) or _task(name, asked, loaded, tokenizer, prompt, steps)
             told["tasks"] = {**told.get("tasks", {}), name: done}
@@ -168,7 +202,9 @@ def _evaluate(settings: Settings, asked: _Asked, folder: Path | None, steps: Ste
         return told
 
 
-def _record(asked: _Asked, told: Mapping[str, Any], texts: Sequence[Document] | None) -> dict[str, Any]:
+def _record(
+    asked: _Asked, told: Mapping[str, Any], texts: Sequence[Document] | None, others: Others | None
+) -> dict[str, Any]:
     """All that the outcome depends on, for the run folder."""
     from cli.model import find_model
     from lab.data.documents import digest
@@ -180,6 +216,7 @@ def _record(asked: _Asked, told: Mapping[str, Any], texts: Sequence[Document] | 
         **{name: told[name] for name in ("base", "level", "weights", "dtype", "compute", "prompt_digest")},
         **{name: getattr(asked, name) for name in ("part", "window", "controls", "tasks", "items")},
         "text": texts and digest(texts),
+        **({"prefixes": [asked.prefixes, *others.digests]} if others else {}),
         "dense": identify(find_model(asked.dense)).weights if asked.dense else None,
         "equal": sha256(equal.read_bytes()).hexdigest() if equal else None,
     }
@@ -194,9 +231,20 @@ def _documents(asked: _Asked) -> Sequence[Document]:
     return found if asked.part == "all" else split(found, asked.part).parts[asked.part]  # type: ignore[arg-type, index]
 
 
+def _others(asked: _Asked, reported: Sequence[Document]) -> Others:
+    from lab.data.named import documents
+    from lab.data.splits import split
+    from lab.evaluate.choosing import Others
+
+    assert asked.text is not None
+    parts = split(documents(asked.prefix_text or asked.text, asked.root), "learn", "select")
+    return Others.of(parts, reported if asked.prefix_text else ())
+
+
 def _text(
     asked: _Asked,
     texts: Sequence[Document],
+    others: Others | None,
     loaded: LoadedModel,
     tokenizer: HubTokenizer,
     prompt: SoftPrompt | None,
@@ -223,8 +271,14 @@ def _text(
     }
     try:
         dense, about = _dense(asked, loaded, windows, prompt, steps) if asked.dense else (None, {})
+        choice = others.choice(tokenizer, asked.window, prompt, asked.prefixes) if others and prompt else None
+        if choice:
+            tried = sum(1 for _ in choice.starts(soft))
+            told["prefixes"] = {"tried": tried, "chosen_on": len(choice.select), "digest": choice.select.digest}
         scorer, controls = Scorer(loaded, asked.cache), asked.controls
-        found = conditions(scorer, tokenizer, windows, prompt, steps, dense=dense, compare=True, controls=controls)
+        found = conditions(
+            scorer, tokenizer, windows, prompt, steps, dense=dense, compare=True, controls=controls, choice=choice
+        )
     except NotFiniteLoss as error:
         raise CommandError(str(error)) from error
     return {**found.told(asked.seed), **told, **about}

@@ -13,13 +13,16 @@ from support.served import prompt_bytes
 from support.tiny import kv, rows
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import lab.evaluate.conditions
 import lab.evaluate.scorer
 from lab.data.documents import digest
 from lab.data.named import documents
 from lab.data.splits import split
-from lab.evaluate.score import NotFiniteLoss
+from lab.data.windows import cut
+from lab.evaluate.score import NotFiniteLoss, score
 from lab.report.evidence import gather
-from llama.load import info
+from llama.load import info, load
+from llama.tokenizer import HubTokenizer
 from prompts_store.file import PromptFile, Provenance, read_prompt, write_prompt
 
 WORDS = "".join(f"Sentence {i} says {i * i % 97} and no more.\n" for i in range(60))
@@ -30,6 +33,13 @@ WINDOW = 64
 def text(tmp_path):
     path = tmp_path / "text.txt"
     path.write_text(WORDS)
+    return path
+
+
+@pytest.fixture
+def pages(tmp_path):
+    path = tmp_path / "pages.jsonl"
+    path.write_text("".join(json.dumps({"text": f"{i} {WORDS[i:]}"}) + "\n" for i in range(0, 600, 10)))
     return path
 
 
@@ -67,9 +77,7 @@ def plain_loop(folder, prompt=None, bos=()):
     return total, count
 
 
-def test_a_part_of_the_text_is_what_learning_never_sees(answer, model, tmp_path):
-    pages = tmp_path / "pages.jsonl"
-    pages.write_text("".join(json.dumps({"text": f"{i} {WORDS[i:]}"}) + "\n" for i in range(0, 600, 10)))
+def test_a_part_of_the_text_is_what_learning_never_sees(answer, model, pages, tmp_path):
     told = {part: answer("evaluate", model, "--text", pages, "--part", part) for part in ("all", "report", "select")}
     assert [told[part]["split"] for part in told] == list(told)
     reported = split(documents(str(pages))).parts["report"]
@@ -180,6 +188,51 @@ def test_controls_are_scored_on_the_same_tokens(answer, model, text, soft):
         assert above["interval"][0] <= above["value"] <= above["interval"][1]
 
 
+def test_the_best_of_real_texts_is_chosen_on_other_documents_than_it_is_reported_on(
+    answer, cli, model, pages, text, soft, tmp_path, monkeypatch
+):
+    asked = (
+        "evaluate",
+        model,
+        "--text",
+        pages,
+        "--part",
+        "report",
+        "--window",
+        WINDOW,
+        "--prompt",
+        soft(),
+        "--controls",
+    )
+    seen = []
+    real = lab.evaluate.conditions.best_prefix
+
+    def watched(scorer, prompt, choice, progress):
+        seen.append((choice, real(scorer, prompt, choice, progress)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(lab.evaluate.conditions, "best_prefix", watched)
+    told = answer(*asked, "--prefixes", 3, "--run", tmp_path / "run")
+    (choice, (best, tried)), tokenizer = seen[0], HubTokenizer(model)
+    parts = split(documents(str(pages))).parts
+    learn, select = (cut(parts[part], tokenizer, WINDOW) for part in ("learn", "select"))
+    assert {tuple(row) for row in choice.texts.ids.tolist()} == {tuple(row) for row in learn.ids.tolist()}
+    assert {tuple(row) for row in choice.select.ids.tolist()} <= {tuple(row) for row in select.ids.tolist()}
+    assert told["prefixes"] == {"tried": 3, "chosen_on": len(choice.select), "digest": choice.select.digest}
+    assert len(tried) == 3
+    reported = cut(parts["report"], tokenizer, WINDOW)
+    found = score(load(model, dtype="float32", device="cpu").model, reported, best).perplexity
+    assert told["conditions"]["best_text"]["perplexity"] == pytest.approx(found, rel=1e-2)
+    assert answer(*asked, "--run", tmp_path / "other")["prefixes"]["tried"] == 16
+    without = answer(*asked, "--prefixes", 0)
+    assert "best_text" not in without["conditions"]
+    assert "prefixes" not in without
+    elsewhere = ("evaluate", model, *asked[6:], "--prefix-text", pages)
+    assert "is itself reported on" in cli(*elsewhere, "--text", text).stderr
+    text.write_text("".join(f"Another thing, {i}, was said.\n" for i in range(60)))
+    assert answer(*elsewhere, "--text", text, "--prefixes", 2)["prefixes"]["tried"] == 2
+
+
 def test_a_prompt_of_the_registry_is_resolved_as_a_server_does(answer, cli, model, text, soft, tmp_path):
     store = tmp_path / "store"
     answer("prompts", "push", soft(), "--task", "demo", "--store", store, "--level", "dense")
@@ -225,6 +278,9 @@ def test_what_does_not_go_together(cli, model, narrow_model, text, soft, tmp_pat
 
     assert "say --text, or --tasks" in fails()
     assert "--controls is of use with --prompt only" in fails("--text", text, "--controls")
+    alone = ("--text", text, "--prompt", soft(), "--window", WINDOW)
+    assert "--prefixes is of use with --controls and --text only" in fails(*alone, "--prefixes", 3)
+    assert "--part report or --prefix-text only" in fails(*alone, "--controls", "--prefixes", 3)
     assert "--dense is of use with --text only" in fails("--tasks", "boolq", "--dense", model)
     assert "is of base" in fails("--text", text, "--window", WINDOW, "--dense", narrow_model)
     assert "the context of 2048 is too short" in fails("--text", text, "--window", 2044, "--prompt", soft())
