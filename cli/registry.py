@@ -74,9 +74,8 @@ def open_registry(
     `model` binds prompts that name no base to a local model; a server binds them to its own. Raises CommandError,
     SettingsError, StoreError, ModelError.
     """
+    check_one(url, store)
     if url is not None:
-        if store is not None:
-            raise CommandError("--store and --url (or PROMPTSTITCH_URL) name two registries; give one", usage=True)
         from cli.remote import RemoteRegistry, client
 
         with client(url, key) as http:
@@ -88,6 +87,12 @@ def open_registry(
     settings = load_settings(config, store=store)
     with open_store(settings) as opened:
         yield LocalRegistry(opened, model)
+
+
+def check_one(url: str | None, store: str | None) -> None:
+    """Raises CommandError where two registries are named."""
+    if url is not None and store is not None:
+        raise CommandError("--store and --url (or PROMPTSTITCH_URL) name two registries; give one", usage=True)
 
 
 def pick(registry: Registry, text: str, level: str | None, base: str | None) -> Answer:

@@ -84,6 +84,10 @@ class RemoteRegistry:
         pages = self._pages(f"/v1/prompts/{_part(task)}/versions/{version}/measurements")
         return [item for page in pages for item in page["data"]]
 
+    def measure(self, task: str, version: int, measurement: Answer) -> None:
+        """Write a measurement down, given as the API takes it."""
+        self._call("POST", f"/v1/prompts/{_part(task)}/versions/{version}/measurements", json=measurement)
+
     def create_key(self, name: str, scopes: Sequence[str]) -> Answer:
         answer: Answer = self._call("POST", "/v1/keys", json={"name": name, "scopes": list(scopes)}).json()
         return answer

@@ -7,9 +7,8 @@ from typing import Annotated
 
 import typer
 
-from cli.options import Config
+from cli.options import Config, Key, Url
 from cli.output import AsJson, CommandError, tell
-from cli.transfer import opened_store
 
 Runs = Annotated[
     list[Path] | None,
@@ -30,6 +29,8 @@ def report(
     out: Out = Path("results"),
     store: Store = None,
     original: Original = None,
+    url: Url = None,
+    key: Key = None,
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
@@ -38,6 +39,7 @@ def report(
     Shown are compressions, learning, evaluations (run folders, or what `evaluate --json` printed, kept as FILE.json)
     and transfer, each figure with its interval, seeds, digests and command. What is missing is said to be.
     """
+    from cli.measured import opened
     from lab.disk import write_bytes
     from lab.report.evidence import gather
     from lab.report.report import page_of
@@ -45,8 +47,8 @@ def report(
     from lab.report.write import html, markdown
 
     size = None if original is None else (original.name, original_bytes(original))
-    with opened_store(store, config, needed=store is not None) as opened:
-        evidence = gather(runs or [Path("runs/lab")], opened)
+    with opened(url, key, store, config, needed=store is not None) as registry:
+        evidence = gather(runs or [Path("runs/lab")], registry)
     if not evidence.records and not evidence.measured:
         raise CommandError("there is nothing to report: no run folder, no evaluation and no measurement; name RUNS")
     page = page_of(evidence, size)

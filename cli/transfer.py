@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Config
+from cli.options import Config, Key, Url
 from cli.output import AsJson, CommandError, say, tell_json, tell_list
 
 if TYPE_CHECKING:
     from lab.transfer.cells import Cell
     from lab.transfer.prompts import Contender
+    from lab.transfer.registry import Registry
     from lab.transfer.samples import Sample
     from lab.transfer.transfer import Model
-    from prompts_store.store import PromptStore
 
 Models = Annotated[
     list[str] | None, typer.Argument(metavar="MODEL…", help="Checkpoints: folders, or names that were pulled.")
@@ -80,6 +79,8 @@ def transfer(
     dtype: Dtype = "auto",
     device: Device = "auto",
     run: RunFolder = None,
+    url: Url = None,
+    key: Key = None,
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
@@ -88,6 +89,7 @@ def transfer(
     What was measured is written to the store: on select it decides which prompt a server takes where none was learned
     at its level, on report it is what a report shows. A command that was cut short goes on where it stopped.
     """
+    from cli.measured import opened
     from cli.model import find_model
     from lab.learn.budget import seconds_of
     from lab.progress import progress
@@ -100,15 +102,15 @@ def transfer(
     asked.check(level or [])
     seconds = seconds_of(budget) if in_situ else None
     found = models_of([find_model(name) for name in asked.names], level or [], base)
-    with opened_store(store, config, needed=store is not None or not prompt) as registry:
+    with opened(url, key, store, config, needed=store is not None or not prompt) as registry:
         contenders = _contenders(registry, prompt or [], task or [], found[0].identity.base)
         samples = _samples(asked, contenders, found)
         order = Order(found, contenders, samples, window, dtype, device, base, seconds)
         folder = run or RUNS / f"transfer-{config_digest(order.config())[7:19]}"
-        with open_run(folder, order.config()) as opened, progress(quiet=as_json) as report:
-            outcome = carry_out(order, opened, report, lambda cell: _record(registry, cell))
+        with open_run(folder, order.config()) as kept, progress(quiet=as_json) as report:
+            outcome = carry_out(order, kept, report, lambda cell: _record(registry, cell))
             figures = told(outcome, registry, choose=in_situ is not None)
-            opened.tell(**figures)
+            kept.tell(**figures)
     if as_json:
         return tell_json({"run": str(folder), **figures})
     return _show(folder, figures)
@@ -139,35 +141,15 @@ class _Asked:
             raise CommandError("--in-situ takes one --data and one --level", usage=True)
 
 
-@contextmanager
-def opened_store(store: str | None, config: Path | None, needed: bool) -> Iterator[PromptStore | None]:
-    """The local store, held until the context is left; None where it is not needed. Raises CommandError."""
-    if not needed:
-        yield None
-        return
-    from cli.local import open_store
-    from prompts_store.errors import StoreLocked
-    from server.settings import load_settings
-
-    try:
-        opened = open_store(load_settings(config, store=store))
-    except CommandError as error:
-        if isinstance(error.__cause__, StoreLocked):
-            raise CommandError(f"{error.__cause__.message}; stop that one while this command has the store") from error
-        raise
-    with opened as registry:
-        yield registry
-
-
-def _contenders(
-    registry: PromptStore | None, files: Sequence[Path], tasks: Sequence[str], base: str
-) -> list[Contender]:
+def _contenders(registry: Registry | None, files: Sequence[Path], tasks: Sequence[str], base: str) -> list[Contender]:
     from lab.transfer.prompts import from_file, stored, together
 
     of_store = [] if registry is None else stored(registry, base, tasks)
     found = together(of_store, [from_file(path, base) for path in files])
     if not found:
-        raise CommandError(f"the store holds no prompt of base {base}; learn one, push one, or name a file (--prompt)")
+        raise CommandError(
+            f"the registry holds no prompt of base {base}; learn one, push one, or name a file (--prompt)"
+        )
     return found
 
 
@@ -188,7 +170,7 @@ def _samples(order: _Asked, contenders: Sequence[Contender], models: Sequence[Mo
     return chosen
 
 
-def _record(registry: PromptStore | None, cell: Cell) -> None:
+def _record(registry: Registry | None, cell: Cell) -> None:
     from lab.transfer.prompts import record
 
     if registry is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lab.transfer.prompts import Contender, record
+from lab.transfer.registry import StoreRegistry
 from prompts_store.aliases import ANY_REVISION
 from prompts_store.errors import NotFound
 from prompts_store.file import PromptFile
@@ -55,7 +56,7 @@ def publish(store: PromptStore, file: PromptFile, task: str, select: Measurement
     version, new = store.push(file, task, by=RECORDER)
     origin = Contender(file.prompt, f"{task}@{version.version}", task, version.version, version.level, version.weights)
     for each in (select, report):
-        record(store, origin, each)
+        record(StoreRegistry(store), origin, each)
     now = _alias(store, version)
     if now is not None and now.version == version.version:
         return Published(version, new, True, f"{task}:{DEFAULT} points to it already")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -19,9 +18,8 @@ from typing import Any
 from lab.errors import RunError
 from lab.evaluate.bootstrap import Estimate
 from lab.run import COMMAND, CONFIG, FIGURES, VERSIONS
-from lab.transfer.prompts import every
-from prompts_store.records import Measurement, Version
-from prompts_store.store import PromptStore
+from lab.transfer.registry import Registry, Stored
+from prompts_store.records import Measurement
 
 REPORTED = "report"  # the one split that is shown
 WHOLE = "all"  # of a text that was evaluated as it is: what was learned from may be in it, and tables say so
@@ -51,7 +49,7 @@ class Record:
 class Measured:
     """A measurement of the registry, with the version that it is of."""
 
-    version: Version
+    version: Stored
     measurement: Measurement
 
 
@@ -68,7 +66,7 @@ class Evidence:
         return sorted((each for each in self.records if each.kind in kinds), key=lambda each: each.name)
 
 
-def gather(folders: Sequence[Path], store: PromptStore | None) -> Evidence:
+def gather(folders: Sequence[Path], registry: Registry | None) -> Evidence:
     """Raises RunError where a folder is not there, StoreError."""
     records: list[Record] = []
     unusable: list[tuple[str, str]] = []
@@ -84,7 +82,7 @@ def gather(folders: Sequence[Path], store: PromptStore | None) -> Evidence:
                 records += _records(file, name)
             except (ValueError, OSError, RunError) as error:
                 unusable.append((name, str(error)))
-    return Evidence(records, [] if store is None else list(_measured(store)), unusable)
+    return Evidence(records, [] if registry is None else list(_measured(registry)), unusable)
 
 
 def estimate(told: Any) -> Estimate | None:
@@ -137,9 +135,9 @@ def _object(file: Path) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _measured(store: PromptStore) -> Iterator[Measured]:
-    for task in every(store.versions.tasks):
-        for version in every(partial(store.versions.list, task.task)):
-            for each in every(partial(store.measurements.list, version.task, version.version)):
-                if each.measurement.split == REPORTED:
-                    yield Measured(version, each.measurement)
+def _measured(registry: Registry) -> Iterator[Measured]:
+    for task in registry.tasks():
+        for version in registry.versions(task):
+            for each in registry.measurements(task, version.version):
+                if each.split == REPORTED:
+                    yield Measured(version, each)

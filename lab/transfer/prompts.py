@@ -5,23 +5,17 @@ Knows the registry and its files; knows no model beyond its base.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from lab.transfer.registry import Registry, Stored
 from prompts_store.errors import InvalidArtifact, NotFound
 from prompts_store.file import read_prompt
 from prompts_store.prompt import SoftPrompt
-from prompts_store.records import Actor, Measurement, Page, Version
-from prompts_store.reference import Reference
-from prompts_store.resolution import Query, Served
-from prompts_store.store import PromptStore
-
-T = TypeVar("T")
-RECORDER = Actor("transfer")
-PAGE = 1000
+from prompts_store.records import Measurement
+from prompts_store.resolution import Served
 
 
 @dataclass(frozen=True)
@@ -52,17 +46,17 @@ class Contender:
         }
 
 
-def stored(store: PromptStore, base: str, tasks: Collection[str] = ()) -> list[Contender]:
+def stored(registry: Registry, base: str, tasks: Collection[str] = ()) -> list[Contender]:
     """Every live version of this base, or of these tasks. Raises NotFound for a task without one, StoreError."""
-    names = [task.task for task in every(partial(store.versions.tasks, base=base))]
+    names = list(registry.tasks(base))
     if missing := sorted(set(tasks) - set(names)):
         had = ", ".join(names) or "none"
         raise NotFound("task", f"the store holds no prompt of task {missing[0]} for base {base}; tasks it has: {had}")
     return [
-        _of_version(version, store.load(version.digest))
+        _of_version(version, registry.load(version))
         for task in names
         if not tasks or task in tasks
-        for version in every(partial(store.versions.list, task, base=base))
+        for version in registry.versions(task, base)
     ]
 
 
@@ -85,29 +79,26 @@ def together(of_store: Sequence[Contender], of_files: Sequence[Contender]) -> li
     return [*of_store, *(each for each in of_files if each.prompt.digest not in known)]
 
 
-def record(store: PromptStore, contender: Contender, measurement: Measurement) -> bool:
+def record(registry: Registry, contender: Contender, measurement: Measurement) -> bool:
     """Write a measurement of a version down, unless it stands there already. Raises StoreError."""
     if contender.task is None or contender.version is None:
         return False
     task, version = contender.task, contender.version
-    there = every(partial(store.measurements.list, task, version))
-    if any(each.measurement == measurement for each in there):
+    if measurement in registry.measurements(task, version):
         return False
-    store.measurements.add(task, version, measurement, by=RECORDER)
+    registry.add(task, version, measurement)
     return True
 
 
-def served(store: PromptStore, task: str, on: Served) -> dict[str, Any]:
+def served(registry: Registry, task: str, on: Served) -> dict[str, Any]:
     """What a server of this model takes for the task now, and by which rule, as JSON. Raises StoreError."""
-    resolved = store.resolve(Query(Reference(task)), on)
-    version = resolved.version
-    assert version is not None  # the policy is `transfer`: nothing would have been an error
-    how = resolved.resolution
+    how = registry.resolve(task, on)  # by the policy `transfer`: nothing would have been an error
+    version = next(each for each in registry.versions(task) if each.version == how.version)
     why = "it was learned at this level, or an alias says so" if how.how == "exact" else "it was measured best"
     return {"prompt": f"{task}@{version.version}", "digest": version.digest, "resolution": how.how, "why": why}
 
 
-def _of_version(version: Version, prompt: SoftPrompt) -> Contender:
+def _of_version(version: Stored, prompt: SoftPrompt) -> Contender:
     name = f"{version.task}@{version.version}"
     parents = _parents(version.train)
     return Contender(prompt, name, version.task, version.version, version.level, version.weights, parents)
@@ -116,13 +107,3 @@ def _of_version(version: Version, prompt: SoftPrompt) -> Contender:
 def _parents(train: Mapping[str, Any] | None) -> tuple[str, ...] | None:
     told = (train or {}).get("parents")
     return tuple(map(str, told)) if isinstance(told, list) else None
-
-
-def every(page_of: Callable[..., Page[T]]) -> Iterator[T]:
-    """The items of all pages of a list of the registry."""
-    after = None
-    while True:
-        page = page_of(limit=PAGE, after=after)
-        yield from page.items
-        if (after := page.next) is None:
-            return

@@ -12,14 +12,14 @@ from typing import Any, TypeVar
 from lab.transfer.cells import Cell, verdict
 from lab.transfer.prompts import served
 from lab.transfer.ratio import transfer_ratio
+from lab.transfer.registry import Registry
 from lab.transfer.transfer import Outcome
 from prompts_store.resolution import Served
-from prompts_store.store import PromptStore
 
 K = TypeVar("K", bound=Hashable)
 
 
-def told(outcome: Outcome, store: PromptStore | None, *, choose: bool) -> dict[str, Any]:
+def told(outcome: Outcome, registry: Registry | None, *, choose: bool) -> dict[str, Any]:
     """As JSON, for the run's figures. `choose`: of one model and data set, tell the best prompt of each task.
 
     Raises StoreError.
@@ -34,16 +34,16 @@ def told(outcome: Outcome, store: PromptStore | None, *, choose: bool) -> dict[s
     }
     if choose:
         by_task = _grouped((cell.contender.task, cell) for cell in outcome.cells)
-        figures["best"] = [_best(cells, store) for cells in by_task.values()]
+        figures["best"] = [_best(cells, registry) for cells in by_task.values()]
     return figures
 
 
-def _best(cells: Sequence[Cell], store: PromptStore | None) -> dict[str, Any]:
+def _best(cells: Sequence[Cell], registry: Registry | None) -> dict[str, Any]:
     """The verdict on a task, and what a server of this model takes now."""
     found = verdict(cells)
     task, place = found.best.contender.task, found.best.place
     on = Served(found.best.contender.prompt.base, place.level, place.weights)
-    taken = None if store is None or task is None else served(store, task, on)
+    taken = None if registry is None or task is None else served(registry, task, on)
     return {**found.told(), "level": place.level, "weights": place.weights, "served": taken}
 
 

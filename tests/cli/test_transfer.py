@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
+from support.served import serving
 from support.tiny import kv, rows
 
 from llama.config import LlamaConfig
@@ -168,7 +170,36 @@ def test_a_store_that_is_in_use_is_told_with_what_to_do(cli, store, model, pages
         failed = cli("transfer", model, "--store", store, "--data", pages, *SIZE)
     assert failed.exit_code == 1
     assert "stop that one" in failed.stderr
-    assert "--url" not in failed.stderr
+    assert "--url URL" in failed.stderr
+
+
+@pytest.mark.parametrize("native", [False, True])
+def test_a_servers_registry_is_measured_and_reported_as_a_store_is(
+    answer, cli, store, model, base, pages, tmp_path, native
+):
+    if native:  # what a server takes is then what an alias says
+        with PromptStore.open(store) as opened:
+            for seed in (9, 10):
+                opened.push(PromptFile(rows(3, 64, seed, base=base), Provenance(level="w8g32")), "general")
+            opened.aliases.put("general", "default", 4)
+    copy = tmp_path / "served"
+    shutil.copytree(store, copy)
+    asked = ("transfer", "--in-situ", model, "--level", "w8g32", "--data", pages, *SIZE)
+    table = ("transfer", model, "--level", "w8g32", "--data", f"{pages}:report", *SIZE)
+    here = answer(*asked, "--store", store, "--run", tmp_path / "here")
+    with serving(copy) as served:
+        there = answer(*asked, "--url", served.url, "--run", tmp_path / "there")
+        assert {**there, "run": here["run"]} == here
+        assert answer(*asked, "--url", served.url, "--run", tmp_path / "there") == there
+        taken = there["best"][0]["served"]
+        assert (taken["resolution"], taken["prompt"] == "general@4") == ("exact" if native else "transferred", native)
+        answer(*table, "--url", served.url)
+        shown = answer("report", tmp_path / "there", "--url", served.url, "--out", tmp_path / "page")
+        assert shown["measurements"] == (5 if native else 3)
+        assert "registry: general@1" in (tmp_path / "page" / "results.md").read_text()
+        both = cli(*asked, "--url", served.url, "--store", store)
+        assert (both.exit_code, "name two registries" in both.stderr) == (2, True)
+    assert [each for each in measured(copy) if each[1].split == "select"] == measured(store)
 
 
 def test_help_fits_a_screen(cli):

@@ -17,6 +17,7 @@ from lab.report.page import GAP, Page, Table
 from lab.report.report import page_of
 from lab.report.write import html, markdown
 from lab.run import open_run
+from lab.transfer.registry import StoreRegistry
 from prompts_store.file import PromptFile, Provenance
 from prompts_store.prompt import SoftPrompt
 from prompts_store.records import Measurement
@@ -188,7 +189,7 @@ def test_measurements_of_the_registry_are_shown_once(whole, tmp_path):
             store.measurements.add(
                 "general", 1, Measurement("perplexity", value, DENSE, split, "w4g64", W4, 999, 0.25, 0.2, 0.3)
             )
-        text = markdown(page(whole, store))
+        text = markdown(page(whole, StoreRegistry(store)))
     assert text.count("33.25") == 1
     assert "44.75" not in text
     assert prompt.digest in text
