@@ -88,7 +88,8 @@ class Race:
         with serving(contestant, self.logs / f"{contestant.name}.log") as server:
             for i, load in enumerate(self.plan.needs(contestant.name)):
                 if load.kind == "closed":
-                    shape = replace(load.workload, requests=load.workload.concurrency)
+                    each = max(load.workload.concurrency, load.prompts)  # every prompt has been asked for once
+                    shape = replace(load.workload, requests=each, zipf=0.0)
                     jobs = self._jobs(load, shape, seed=SEEDS_A_ROUND // 2 + i)
                     run(server.url, jobs, contestant.form, Pace(shape.concurrency))
             yield server
