@@ -8,7 +8,7 @@ missing. One scorer, ours in fp32, reads both results on documents that calibrat
 of `ours` is more than 1 % above the peer's. `--every` adds the peer calibrated layer after layer within a block
 (`peer-layers`; by default it takes a block at once, ours its four steps), which ours is held to as well, and
 `ours-published`, without what goes beyond the published methods (fitted scales, polishing), for information.
-What was made and scored is kept in `--root` and not done again.
+What was made and scored is kept in `--root` and not done again: remove its folder after a change of the solver.
 """
 
 from __future__ import annotations
@@ -44,14 +44,19 @@ CALL = "import sys; from bench.solver import made_by_peer; made_by_peer(*sys.arg
 
 def main() -> None:
     """Make what is missing, score everything, print the table, write the JSON."""
+    from llama.identity import identify
+
     args = arguments()
     python = set_up(args.root / "llmcompressor")
     tokens, calibration = calibrated_on(args)
-    place = args.root / f"solver-{calibration[7:19]}"
+    who = identify(args.checkpoint)
+    place = args.root / f"solver-{who.weights[7:15]}-{calibration[7:15]}"
     place.mkdir(parents=True, exist_ok=True)
     sides = [side for side in (*PEERS, *OURS) if args.every or side in DEFAULT]
     seconds = {f"{level}.{side}": made(python, args, tokens, place, level, side) for level in LEVELS for side in sides}
-    results = [compared(args, place, sides, name, windows) for name, windows in texts(args).items()]
+    results = [
+        compared(args.checkpoint, who.base, place, sides, name, windows) for name, windows in texts(args).items()
+    ]
     ok = all(verdict["ok"] for result in results for verdict in result["verdicts"])
     told = {
         "checkpoint": str(args.checkpoint),
@@ -186,11 +191,10 @@ def texts(args: argparse.Namespace) -> dict[str, Windows]:
 
 
 def compared(
-    args: argparse.Namespace, place: Path, sides: Sequence[str], name: str, windows: Windows
+    checkpoint: Path, base: str, place: Path, sides: Sequence[str], name: str, windows: Windows
 ) -> dict[str, Any]:
     """Perplexity of every model on a text, and for each pair of ours and the peer's the ratio, paired by document."""
-    base = base_of(args.checkpoint)
-    folders = {"dense": args.checkpoint}
+    folders = {"dense": checkpoint}
     folders |= {name: place / name for level in LEVELS for side in sides for name in (f"{level}.{side}",)}
     losses = {name: nll(folder, base, windows, place / "scores") for name, folder in folders.items()}
     tokens = windows.scored_tokens
@@ -207,12 +211,6 @@ def compared(
             if ours in sides and peer in sides
         ],
     }
-
-
-def base_of(checkpoint: Path) -> str:
-    from llama.identity import identify
-
-    return identify(checkpoint).base
 
 
 def nll(folder: Path, base: str, windows: Windows, cache: Path) -> Tensor:
