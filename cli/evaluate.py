@@ -115,22 +115,9 @@ def evaluate(
     settings = load_settings(config, model=model, **flags)
     if prefixes is None:
         prefixes = PREFIXES if controls and text and (part == "report" or prefix_text) else 0
-    asked = _Asked(
-        prompt=prompt,
-        text=text,
-        part=part,
-        window=window,
-        dense=dense,
-        dense_prompt=dense_prompt,
-        controls=controls,
-        prefixes=prefixes,
-        prefix_text=prefix_text,
-        tasks=tuple(name.strip() for name in (tasks or "").split(",") if name.strip()),
-        items=task_items,
-        root=data_root,
-        cache=cache,
-        seed=seed,
-    )
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    given = (prompt, text, part, window, dense, dense_prompt, controls, prefixes, prefix_text)
+    asked = _Asked(*given, names, task_items, data_root, cache, seed)
     with patient_progress() as steps:
         told = _evaluate(settings, asked, run, steps)
     if as_json:
@@ -140,7 +127,7 @@ def evaluate(
     return None
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class _Asked:
     """The command line."""
 
