@@ -129,11 +129,16 @@ def by_peer(python: Path, checkpoint: Path, tokens: Tokens, method: str, form: s
     """`made_by_peer` in its own environment."""
     from safetensors.torch import save_file
 
+    from llama.checkpoint import Checkpoint
+
     ids = out.with_suffix(".ids.safetensors")
     save_file({"ids": tokens.ids}, ids)
     command = [str(python), "-c", CALL, str(checkpoint), str(ids), method, form, str(out)]
     with out.with_name(f"{out.name}.log").open("w") as log:
         subprocess.run(command, check=True, stdout=log, stderr=log)
+    table, theirs = (Checkpoint(folder).tensor("model.embed_tokens.weight") for folder in (checkpoint, out))
+    if not torch.equal(table.float(), theirs.float()):  # with a tied head that was not ignored it would be pruned, too
+        raise SystemExit(f"{out}: the peer changed the embedding, so that this would be no comparison of solvers")
 
 
 def made_by_peer(checkpoint: str, calibration: str, method: str, form: str, out: str) -> None:
@@ -149,7 +154,7 @@ def made_by_peer(checkpoint: str, calibration: str, method: str, form: str, out:
     group = {"targets": ["Linear"], "weights": {**grid, "actorder": "static"}}
     recipe = {
         "gptq": lambda: GPTQModifier(config_groups={"group_0": group}, ignore=["lm_head"], dampening_frac=0.01),
-        "sparsegpt": lambda: SparseGPTModifier(sparsity=0.5, ignore=["lm_head"], dampening_frac=0.01),
+        "sparsegpt": lambda: SparseGPTModifier(sparsity=0.5, ignore=["re:.*lm_head"], dampening_frac=0.01),
     }[method]()
     ids: Tensor = load_file(calibration)["ids"]
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
