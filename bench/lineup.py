@@ -66,10 +66,20 @@ def ours(
     folder, kind = (Path(level), Path(level).name) if level and Path(level).is_dir() else (checkpoint, level)
     name = name or ("promptstitch" if kind is None else f"promptstitch-{kind}")
     command = [str(Path(sys.executable).with_name("promptstitch")), "serve", str(folder.absolute())]
-    command += ["--dtype", "bfloat16", "--port", "{port}", "--store", str(store / name), "--served-model-name", BASE]
+    command += [
+        "--dtype",
+        "bfloat16",
+        "--port",
+        "{port}",
+        "--store",
+        f"{store / name}{{again}}",
+        "--served-model-name",
+        BASE,
+    ]
     command += ["--compute", "bf16"] if kind is None else [] if folder != checkpoint else ["--level", kind]
     upload = functools.partial(soft_prompts.upload, folder=prompts, names=names, level=kind or "dense")
-    return Contestant(name, kind or "bf16", [*command, *flags], forms.named(BASE), {}, upload, model_bytes)
+    uploads = f"/v1/prompts/bench-uploads/versions?level={kind or 'dense'}"
+    return Contestant(name, kind or "bf16", [*command, *flags], forms.named(BASE), {}, upload, uploads, model_bytes)
 
 
 def model_bytes(url: str) -> float:

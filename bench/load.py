@@ -42,13 +42,13 @@ def run(
     *,
     stream: bool = True,
     key: str | None = None,
-    upload: bytes = b"",
+    upload: tuple[str, bytes] = ("", b""),
     answered: Callable[[], None] = unheard,
 ) -> Result:
     """Drive the server at `url` (without /v1) with the jobs, greedily, to exactly the tokens that each asks for.
 
-    `upload`: the prompt that `pace.uploads` puts into the registry, again and again with other bytes. `answered` is
-    called after each answer.
+    `upload`: where to `pace.uploads` puts a prompt, again and again with other bytes. `answered` is called after each
+    answer.
     """
     calls = _calls(jobs, form, pace, stream)
     before = time.process_time()
@@ -58,7 +58,7 @@ def run(
 
 
 async def _drive(
-    url: str, calls: list[Call], pace: Pace, key: str | None, upload: bytes, answered: Callable[[], None]
+    url: str, calls: list[Call], pace: Pace, key: str | None, upload: tuple[str, bytes], answered: Callable[[], None]
 ) -> tuple[list[Recording], Mapping[str, int]]:
     """The recordings, and what went wrong beside them."""
     target, bodies = f"{url}/v1/completions", [body for _, body, _ in calls]
@@ -66,7 +66,8 @@ async def _drive(
         return await drive_by_the_clock(target, calls, key, answered), {}
     if not pace.uploads:
         return await drive(target, bodies, pace.concurrency, key, answered), {}
-    async with uploading(url, pace.uploads, upload, key) as wrong:
+    path, prompt = upload
+    async with uploading(f"{url}{path}", pace.uploads, prompt, key) as wrong:
         recordings = await drive(target, bodies, pace.concurrency, key, answered)
     return recordings, wrong
 

@@ -108,7 +108,7 @@ class Race:
             if load.kind == "open" and rate is None:
                 raise RuntimeError(f"the load {load.name} goes by {load.capacity_of}, which takes no part")
             pace = Pace(load.workload.concurrency, rate, load.hang_up, load.uploads, seed)
-            figures = run(server.url, jobs, contestant.form, pace, upload=self.upload)
+            figures = run(server.url, jobs, contestant.form, pace, upload=(contestant.uploads, self.upload))
         after = Reading.now()
         server_cpu = (server.cpu_seconds() - server_before) / (after.at - before.at)
         others = max(0.0, after.busy_cores_since(before) - server_cpu - figures.client_cpu)
@@ -122,7 +122,7 @@ class Race:
         before = Reading.now()
         job = Workload(1, 1, max_tokens=1, seed=number).jobs(self.tokenizer, self.corpus)
         bare = replace(contestant, prepare=None)
-        with serving(bare, self.logs / f"{contestant.name}.start.log") as server:
+        with serving(bare, self.logs / f"{contestant.name}.start.log", again=True) as server:
             answer = run(server.url, job, contestant.form, Pace(1), stream=False)
             after = Reading.now()
             figures = Start(answer.errors, server.start_seconds, after.at - server.started_at)

@@ -30,10 +30,11 @@ class Contestant:
 
     name: str
     weights: str  # what its arithmetic reads: bf16, q4_1, …: figures compare within one class
-    command: Sequence[str]  # "{port}" stands for the port
+    command: Sequence[str]  # "{port}" stands for the port, "{again}" for nothing or, beside itself, for another name
     form: Form
     env: Mapping[str, str] = field(default_factory=dict)
     prepare: Callable[[str], None] | None = None  # called with the URL once it serves
+    uploads: str = ""  # where prompts are put, below the URL
     model_bytes: Callable[[str], float] | None = None  # of weights and KV in use, by the URL, where it tells them
 
     def command_line(self) -> str:
@@ -70,15 +71,17 @@ class Running:
 
 
 @contextlib.contextmanager
-def serving(contestant: Contestant, log: Path) -> Iterator[Running]:
+def serving(contestant: Contestant, log: Path, *, again: bool = False) -> Iterator[Running]:
     """Start the contestant on a free port, wait for GET /health, stop it in the end. Its output goes to `log`.
 
+    `again`: one of it is up already, and keeps what it writes on disk to itself.
     Raises RuntimeError with the end of the log if it dies or takes longer than START_SECONDS.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    command = [part.replace("{port}", str(port)) for part in contestant.command]
+    suffix = "-again" if again else ""
+    command = [part.replace("{port}", str(port)).replace("{again}", suffix) for part in contestant.command]
     started = time.monotonic()
     with log.open("wb") as output:
         child = subprocess.Popen(

@@ -13,20 +13,17 @@ from itertools import count
 
 import httpx
 
-TASK = "bench-uploads"
-
 
 @contextlib.asynccontextmanager
 async def uploading(url: str, rate: float, prompt: bytes, key: str | None = None) -> AsyncIterator[Counter[str]]:
-    """`rate` uploads a second of `prompt`, a safetensors file whose last number, in fp32, is another one each time.
+    """`rate` POSTs a second to `url` of `prompt`, a safetensors file whose last number, in fp32, is another each time.
 
     Gives what went wrong so far, and how often; ends what is under way with the block.
     """
     wrong: Counter[str] = Counter()
     headers = {"content-type": "application/octet-stream"} | ({"authorization": f"Bearer {key}"} if key else {})
-    target = f"{url}/v1/prompts/{TASK}/versions"
     async with httpx.AsyncClient(headers=headers, timeout=60, trust_env=False) as client, asyncio.TaskGroup() as tasks:
-        clock = tasks.create_task(_by_the_clock(client, target, rate, prompt, wrong, tasks))
+        clock = tasks.create_task(_by_the_clock(client, url, rate, prompt, wrong, tasks))
         yield wrong
         clock.cancel()
 

@@ -22,6 +22,8 @@ def create_app() -> Starlette:
     uploads: list[int] = []
 
     async def upload(request: Request) -> Response:
+        if "level" not in request.query_params:
+            return JSONResponse({"error": {"message": "no level"}}, 422)
         prompts[request.path_params["task"]] = await request.body()
         uploads.append(hash(prompts[request.path_params["task"]]))
         return JSONResponse({"version": 1}, 201)

@@ -13,6 +13,7 @@ from bench.workload import Job, Workload, load_tokenizer
 from cli.main import app
 
 TEXT = "water house road"
+PATH = "/v1/prompts/more/versions?level=dense"
 COMMON = ("--requests", "4", "--max-tokens", "3")
 
 
@@ -73,7 +74,7 @@ def test_every_request_has_a_connection_of_its_own(fake):
 
 
 def test_first_tokens_compare_the_same_text_with_and_without(fake):
-    httpx.post(f"{fake}/v1/prompts/slow/versions", content=b"")
+    httpx.post(f"{fake}/v1/prompts/slow/versions?level=dense", content=b"")
     figures = first_tokens(fake, [Job(f"{TEXT} {i}", 4, "slow") for i in range(7)], forms.named("base"))
     assert figures.pairs == 6  # the first one warmed the prompt up
     assert figures.errors == {}
@@ -89,7 +90,7 @@ def test_first_tokens_compare_the_same_text_with_and_without(fake):
 def test_first_tokens_never_send_a_text_twice_in_one_form(fake):
     """The texts that warmed the prompts up came again as pairs: a third of them was answered from the text cache."""
     for task in ("one", "two"):
-        httpx.post(f"{fake}/v1/prompts/{task}/versions", content=b"")
+        httpx.post(f"{fake}/v1/prompts/{task}/versions?level=dense", content=b"")
     jobs = [Job(f"only {i}", 2, ("one", "two")[i % 2]) for i in range(6)]
     first_tokens(fake, jobs, forms.named("base"))
     sent = [(body["model"], body["prompt"]) for body in httpx.get(f"{fake}/seen").json() if "only" in body["prompt"]]
@@ -99,7 +100,7 @@ def test_first_tokens_never_send_a_text_twice_in_one_form(fake):
 
 def test_by_the_clock_requests_go_whatever_became_of_those_before(fake):
     """20 a second: two at a time would take ten times as long, for a slow prompt answers after 0.2 s."""
-    httpx.post(f"{fake}/v1/prompts/late/versions", content=b"")
+    httpx.post(f"{fake}/v1/prompts/late/versions?level=dense", content=b"")
     jobs = [Job(TEXT, 3, "late", 3)] * 20
     result = run(fake, jobs, forms.named("base"), Pace(rate=200.0))
     assert result.errors == {}
@@ -129,12 +130,12 @@ def test_uploads_go_on_beside_a_load_each_with_other_bytes(fake, checkpoint, tmp
     prompt = (tmp_path / f"{name}.safetensors").read_bytes()
     jobs = [Job(TEXT, 3, None, 30)] * 8
     seen = httpx.get(f"{fake}/uploads").json()
-    result = run(fake, jobs, forms.named("base"), Pace(2, uploads=40.0), upload=prompt)
+    result = run(fake, jobs, forms.named("base"), Pace(2, uploads=40.0), upload=(PATH, prompt))
     assert result.errors == {}
     uploads = httpx.get(f"{fake}/uploads").json()[len(seen) :]
     assert len(uploads) == len(set(uploads)) == pytest.approx(40.0 * result.seconds, rel=0.3)
     jobs = [Job(TEXT, 3, None, 3)]
-    refused = run(f"{fake}/nowhere", jobs, forms.named("base"), Pace(2, uploads=40.0), upload=prompt)
+    refused = run(fake, jobs, forms.named("base"), Pace(2, uploads=40.0), upload=("/nowhere", prompt))
     assert refused.errors["upload: http 404"] > 0
 
 
