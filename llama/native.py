@@ -229,8 +229,9 @@ class Kernels:
         out = q.new_empty(tokens, heads * dim)
         where = (keys.data_ptr(), values.data_ptr(), tables.data_ptr(), tables.shape[1], rows.data_ptr())
         shape = (tokens, kv_heads, heads // kv_heads, dim, page)
+        kind = 1 if _wide(q) else 2 * dot_is_faster()  # as `attention.c` numbers them
         self._call["attention"](
-            _wide(q), q.data_ptr(), q.stride(0), *where, lengths.data_ptr(), *shape, dim**-0.5, out.data_ptr()
+            kind, q.data_ptr(), q.stride(0), *where, lengths.data_ptr(), *shape, dim**-0.5, out.data_ptr()
         )
         return out
 

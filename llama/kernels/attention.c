@@ -1,196 +1,308 @@
-/* Attention over pages, read where they lie (PagedAttention; Kwon et al. 2023).
+/* Attention over pages, read where they lie (PagedAttention; Kwon et al. 2023), a block of keys at a time with a running
+ * softmax (FlashAttention; Dao et al. 2022).
  *
  * Keys and values of one layer are (pages, page size, KV heads, D), page size a multiple of 16, D of 16. A token looks
- * at the first `length` positions of its block table. All heads that share a KV head are computed together, up to four
- * at once, so that a key is read once. Scores and sums are fp32.
+ * at the first `length` positions of its block table. Neighbouring tokens of one sequence, times the heads that share a
+ * KV head, are the rows of one task: keys and values are laid out once for all of them. Sums are fp32; products are those
+ * of fp32, or of two bf16 at a time, weights of keys rounded to bf16, where that is the faster one (`dots.c`).
+ *
+ * A row is the same to the last bit whichever rows share its task: blocks begin at fixed positions, every sum is one chain
+ * in the order of positions, and what a row may not see adds zero, or multiplies by one.
  */
 #include "vectors.h"
 
 #include <math.h>
 #include <string.h>
 
-#define HEADS 4 /* query heads at once */
+#define ROWS 96   /* of a task, about: what is laid out is read so many times, and all of it stays in the second cache */
+#define KEYS 64   /* of a block */
+#define HEADS 4   /* KV heads at once where a token stands alone: they lie together, and are read as one piece */
+#define AHEAD 32  /* positions that are asked for early; at most KEYS */
+#define PANEL 32  /* keys or dimensions beside each other: two vectors */
+#define TILE 12   /* rows at once: 24 sums, which leaves registers for two vectors of a panel and an input */
+
+/* How elements are stored and multiplied. */
+enum kind { NARROW, WIDE, DOTS }; /* bf16 by fp32, fp32, bf16 by pairs */
 
 struct paged {
-    const char *keys, *values;
+    const char *keys, *values; /* of one KV head in page 0 */
     const int32_t *table;
-    long page, kv_heads, shared, dim, length, bytes; /* bytes of a page */
+    long page, step, dim, length, bytes; /* step: elements from a position to the next; length: that any row sees */
 };
 
-/* The page that holds position `at`, or the last one. A page is asked for line by line while the one before it is read:
- * pages lie anywhere, which no prefetcher guesses. */
-INLINE const char *page_of(const struct paged *kv, const char *store, long at) {
-    at = at < kv->length ? at : kv->length - 1;
-    return store + kv->table[at / kv->page] * kv->bytes;
+/* What a task keeps beside each other. Rows of q, weights and panels are of 32 bits: one fp32 or two bf16. */
+struct room {
+    uint32_t *q, *weights, *keys, *values; /* (rows, width), (rows, KEYS); panels (width, 32), (KEYS, 32) */
+    float *scores, *sums, *most, *factor;  /* (rows, KEYS), (rows, columns), (rows,), (rows,) */
+    __m512 *total;                         /* (rows,): what weights add up to, every 16th position to a lane */
+    long *places;                          /* where each 16 positions lie, in bytes; behind the last ones, these again */
+};
+
+INLINE long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
+
+/* 16 elements as 32 bits each, or 32 as pairs; mask: of these 16. */
+INLINE __m512i words(const enum kind kind, const char *at, long index, __mmask16 mask) {
+    if (kind == DOTS) return _mm512_maskz_loadu_epi32(mask, at + 2 * index);
+    return _mm512_castps_si512(load(at, index, mask, kind == WIDE));
 }
 
-/* Four vectors -> their four sums, spread over the four lanes of 128 bits: [abcd abcd abcd abcd]. */
-INLINE __m512 fold(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    return _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+INLINE void find_places(const struct paged *kv, long size, long *places) {
+    long n = 0, all = padded(kv->length) / LANES + KEYS / LANES, pages = (kv->length + kv->page - 1) / kv->page;
+    for (long p = 0; p < pages; p++)
+        for (long i = 0; i < kv->page && n < all; i += LANES) places[n++] = kv->table[p] * kv->bytes + i * kv->step * size;
+    for (; n < all; n++) places[n] = places[n - 1];
 }
 
-/* Scores of 16 keys that lie `step` elements apart, `ahead` bytes before those that come next. q (heads, D) fp32 ->
- * scores, `stride` apart. */
-INLINE void score(const int heads, const int wide, const char *keys, long ahead, long step, long dim, const float *q,
-                  float *scores, long stride) {
-    const long size = wide ? 4 : 2;
-    __m512 folded[4][HEADS];
-#pragma GCC unroll 4
-    for (int four = 0; four < 4; four++) {
-        const char *key = keys + 4 * four * step * size;
-        __m512 sum[4][HEADS];
-#pragma GCC unroll 4
-        for (int j = 0; j < 4; j++)
-#pragma GCC unroll 4
-            for (int h = 0; h < heads; h++) sum[j][h] = _mm512_setzero_ps();
-        for (long d = 0; d < dim; d += LANES)
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                _mm_prefetch(key + ahead + (j * step + d) * size, _MM_HINT_T1);
-                __m512 part = load(key, j * step + d, 0xffff, wide);
-#pragma GCC unroll 4
-                for (int h = 0; h < heads; h++)
-                    sum[j][h] = _mm512_fmadd_ps(part, _mm512_loadu_ps(q + h * dim + d), sum[j][h]);
+/* 16 keys -> their columns of a panel (width, 32), and perhaps of what is laid out next. Pages lie anywhere, which no
+ * prefetcher guesses, so those that are `ahead` are asked for meanwhile. */
+INLINE void lay_keys(const enum kind kind, const struct paged *kv, const char *at, long ahead, uint32_t *panel) {
+    const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1, width = kv->dim / each;
+    for (long i = 0; i < width; i += LANES) {
+        const __mmask16 mask = first(width - i);
+        const char *key = at + i * each * size;
+        __m512i row[LANES];
+#pragma GCC unroll 16
+        for (int r = 0; r < LANES; r++, key += kv->step * size) {
+            row[r] = words(kind, key, 0, mask);
+            _mm_prefetch(key + ahead, _MM_HINT_T1);
+        }
+        transpose(row);
+#pragma GCC unroll 16
+        for (int c = 0; c < LANES; c++) _mm512_storeu_si512(panel + (i + c) * PANEL, row[c]);
+    }
+}
+
+/* 16 values -> their rows of panels of 32 dimensions, each (KEYS, 32), or (KEYS / 2, 32) of pairs. Those from `count` on
+ * are zero: a weight of zero makes nothing of what is not a number. */
+INLINE void lay_values(const enum kind kind, const struct paged *kv, const char *at, long ahead, long count, uint32_t *panels) {
+    const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1, next = kv->step * size;
+    static const uint16_t zip[PANEL] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+    const __m512i low = _mm512_loadu_si512(zip), high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
+    for (long d = 0; d < kv->dim; d += PANEL) {
+        const __mmask16 left = first((kv->dim - d) / each), right = kv->dim - d > LANES ? 0xffff : 0;
+        const char *value = at + d * size;
+        uint32_t *out = panels + d * KEYS / each;
+        for (int r = 0; r < LANES; r += each, value += each * next, out += PANEL) {
+            const __mmask16 here = r < count ? left : 0;
+            _mm_prefetch(value + ahead, _MM_HINT_T1);
+            if (kind == DOTS) {
+                __m512i one = words(kind, value, 0, here), other = words(kind, value + next, 0, r + 1 < count ? left : 0);
+                _mm_prefetch(value + next + ahead, _MM_HINT_T1);
+                _mm512_storeu_si512(out, _mm512_permutex2var_epi16(one, low, other));
+                _mm512_storeu_si512(out + LANES, _mm512_permutex2var_epi16(one, high, other));
+            } else {
+                _mm512_storeu_si512(out, words(kind, value, 0, here));
+                _mm512_storeu_si512(out + LANES, words(kind, value, LANES, here & right));
             }
-#pragma GCC unroll 4
-        for (int h = 0; h < heads; h++) folded[four][h] = fold(sum[0][h], sum[1][h], sum[2][h], sum[3][h]);
-    }
-#pragma GCC unroll 4
-    for (int h = 0; h < heads; h++) {
-        /* Add up the four lanes of each: lane i of the total holds keys 4 i .. 4 i + 3. */
-        __m512 *f[4] = {&folded[0][h], &folded[1][h], &folded[2][h], &folded[3][h]};
-        __m512 low = _mm512_add_ps(_mm512_shuffle_f32x4(*f[0], *f[1], 0x44), _mm512_shuffle_f32x4(*f[0], *f[1], 0xee));
-        __m512 high = _mm512_add_ps(_mm512_shuffle_f32x4(*f[2], *f[3], 0x44), _mm512_shuffle_f32x4(*f[2], *f[3], 0xee));
-        __m512 total = _mm512_add_ps(_mm512_shuffle_f32x4(low, high, 0x88), _mm512_shuffle_f32x4(low, high, 0xdd));
-        _mm512_storeu_ps(scores + h * stride, total);
-    }
-}
-
-/* Scores -> what each key weighs, not yet divided by their sum, which is returned. */
-INLINE float weigh(float *scores, long length) {
-    __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-    for (long at = 0; at < length; at += LANES)
-        most = _mm512_mask_max_ps(most, first(length - at), most, _mm512_loadu_ps(scores + at));
-    most = _mm512_set1_ps(_mm512_reduce_max_ps(most));
-    for (long at = 0; at < length; at += LANES) {
-        __m512 weight = exponential(_mm512_sub_ps(_mm512_loadu_ps(scores + at), most));
-        _mm512_storeu_ps(scores + at, weight);
-        sum = _mm512_mask_add_ps(sum, first(length - at), sum, weight);
-    }
-    return _mm512_reduce_add_ps(sum);
-}
-
-/* Add `count` weighted values to sums (heads, D), for `vectors` x 16 dimensions from d on. */
-INLINE void gather(const int heads, const int vectors, const int wide, const char *values, long ahead, long step, long dim,
-                   long count, const float *weights, long stride, long d, float *sums) {
-    const long size = wide ? 4 : 2;
-    __m512 sum[HEADS][4];
-#pragma GCC unroll 4
-    for (int h = 0; h < heads; h++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) sum[h][v] = _mm512_loadu_ps(sums + h * dim + d + v * LANES);
-    for (long i = 0; i < count; i++) {
-        __m512 value[4];
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) {
-            _mm_prefetch(values + ahead + (i * step + d + v * LANES) * size, _MM_HINT_T1);
-            value[v] = load(values, i * step + d + v * LANES, 0xffff, wide);
-        }
-#pragma GCC unroll 4
-        for (int h = 0; h < heads; h++) {
-            __m512 weight = _mm512_set1_ps(weights[h * stride + i]);
-#pragma GCC unroll 4
-            for (int v = 0; v < vectors; v++) sum[h][v] = _mm512_fmadd_ps(weight, value[v], sum[h][v]);
         }
     }
-#pragma GCC unroll 4
-    for (int h = 0; h < heads; h++)
-#pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) _mm512_storeu_ps(sums + h * dim + d + v * LANES, sum[h][v]);
 }
 
-INLINE void gather_all(const int heads, const int wide, const char *values, long ahead, long step, long dim, long count,
-                       const float *weights, long stride, float *sums) {
-    long d = 0;
-    for (; d + 4 * LANES <= dim; d += 4 * LANES)
-        gather(heads, 4, wide, values, ahead, step, dim, count, weights, stride, d, sums);
-    for (; d < dim; d += LANES) gather(heads, 1, wide, values, ahead, step, dim, count, weights, stride, d, sums);
+/* 16 keys and values, the i-th and on of a block, into its panels; `head`: of the KV head that lies so many bytes on. */
+INLINE void lay(const enum kind kind, const struct paged *kv, long head, long from, long i, const struct room *room) {
+    const long width = kind == DOTS ? kv->dim / 2 : kv->dim, each = kind == DOTS ? 2 : 1;
+    long here = room->places[(from + i) / LANES] + head, next = room->places[(from + i + AHEAD) / LANES] + head;
+    lay_keys(kind, kv, kv->keys + here, next - here, room->keys + i / PANEL * PANEL * width + i % PANEL);
+    lay_values(kind, kv, kv->values + here, next - here, kv->length - from - i, room->values + i * PANEL / each);
 }
 
-#define BY_HEADS(call, ...)                    \
-    switch (heads) {                           \
-    case 1: call(1, wide, __VA_ARGS__); break; \
-    case 2: call(2, wide, __VA_ARGS__); break; \
-    case 3: call(3, wide, __VA_ARGS__); break; \
-    default: call(4, wide, __VA_ARGS__);       \
-    }
-
-/* One token: q (KV heads * shared, D) -> out, alike. Page after page, so that each is read as one piece. */
-INLINE void look(const int wide, const struct paged *kv, const char *q, float scale, float *room, char *out) {
-    const long size = wide ? 4 : 2, dim = kv->dim, step = kv->kv_heads * dim, width = kv->shared * step;
-    const long stride = (kv->length + kv->page - 1) / kv->page * kv->page;
-    float *scaled = room, *sums = room + width, *scores = sums + width;
-    for (long d = 0; d < width; d += LANES) {
-        _mm512_storeu_ps(scaled + d, _mm512_mul_ps(load(q, d, 0xffff, wide), _mm512_set1_ps(scale)));
-        _mm512_storeu_ps(sums + d, _mm512_setzero_ps());
-    }
-    for (long at = 0; at < kv->length; at += kv->page) {
-        const char *keys = page_of(kv, kv->keys, at);
-        long ahead = page_of(kv, kv->keys, at + kv->page) - keys;
-        for (long from = 0; from < kv->page && at + from < kv->length; from += LANES)
-            for (long head = 0; head < kv->kv_heads * kv->shared;) {
-                long group = head / kv->shared, left = (group + 1) * kv->shared - head, heads = left < HEADS ? left : HEADS;
-                BY_HEADS(score, keys + (from * step + group * dim) * size, ahead, step, dim, scaled + head * dim,
-                         scores + head * stride + at + from, stride)
-                head += heads;
+/* x (rows, count), its rows `stride` apart, over a panel (count, 32) -> sums (rows, 32), `apart`; added to what factors
+ * (rows,) leave of the sums before, if there are any. */
+INLINE void over(const int rows, const enum kind kind, const uint32_t *x, long stride, const uint32_t *panel, long count,
+                 const float *factors, float *sums, long apart) {
+    __m512 sum[TILE][2];
+    const uint32_t *third[4] = {x, x + 3 * stride, x + 6 * stride, x + 9 * stride}; /* so that registers suffice */
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+        for (int half = 0; half < 2; half++)
+            sum[r][half] = factors ? _mm512_mul_ps(_mm512_set1_ps(factors[r]), _mm512_loadu_ps(sums + r * apart + half * LANES))
+                                   : _mm512_setzero_ps();
+    for (long i = 0; i < count; i++, panel += PANEL) {
+        __m512i left = _mm512_loadu_si512(panel), right = _mm512_loadu_si512(panel + LANES);
+#pragma GCC unroll 12
+        for (int r = 0; r < rows; r++) {
+            __m512i input = _mm512_set1_epi32((int)third[r / 3][r % 3 * stride + i]);
+            if (kind == DOTS) {
+                DOT_BF16(sum[r][0], left, input);
+                DOT_BF16(sum[r][1], right, input);
+            } else {
+                sum[r][0] = _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(input), sum[r][0]);
+                sum[r][1] = _mm512_fmadd_ps(_mm512_castsi512_ps(right), _mm512_castsi512_ps(input), sum[r][1]);
             }
-    }
-    for (long head = 0; head < kv->kv_heads * kv->shared; head++) {
-        __m512 share = _mm512_set1_ps(1.0f / weigh(scores + head * stride, kv->length));
-        for (long at = 0; at < kv->length; at += LANES)
-            _mm512_storeu_ps(scores + head * stride + at, _mm512_mul_ps(_mm512_loadu_ps(scores + head * stride + at), share));
-    }
-    for (long at = 0; at < kv->length; at += kv->page) {
-        const char *values = page_of(kv, kv->values, at);
-        long ahead = page_of(kv, kv->values, at + kv->page) - values;
-        long count = kv->length - at < kv->page ? kv->length - at : kv->page;
-        for (long head = 0; head < kv->kv_heads * kv->shared;) {
-            long group = head / kv->shared, left = (group + 1) * kv->shared - head, heads = left < HEADS ? left : HEADS;
-            BY_HEADS(gather_all, values + group * dim * size, ahead, step, dim, count, scores + head * stride + at, stride,
-                     sums + head * dim)
-            head += heads;
         }
     }
-    for (long d = 0; d < width; d += LANES) store(out, d, _mm512_loadu_ps(sums + d), 0xffff, wide);
+#pragma GCC unroll 12
+    for (int r = 0; r < rows; r++) {
+        _mm512_storeu_ps(sums + r * apart, sum[r][0]);
+        _mm512_storeu_ps(sums + r * apart + LANES, sum[r][1]);
+    }
 }
 
-AVX512 static void look_wide(const struct paged *kv, const char *q, float scale, float *room, char *out) {
-    look(1, kv, q, scale, room, out);
+#define CASE(n) case n: return over(n, kind, x, stride, panel, count, factors, sums, apart);
+#define EVERY(name, kind_)                                                                                              \
+    AVX512 static void name(long rows, const uint32_t *x, long stride, const uint32_t *panel, long count,               \
+                            const float *factors, float *sums, long apart) {                                            \
+        const enum kind kind = kind_;                                                                                   \
+        switch (rows) {                                                                                                 \
+            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)                   \
+            default: return over(TILE, kind, x, stride, panel, count, factors, sums, apart);                            \
+        }                                                                                                               \
+    }
+EVERY(over_floats, WIDE)
+EVERY(over_pairs, DOTS)
+
+/* x (rows, count) over panels that make up (count, columns) -> sums (rows, columns), `apart`. */
+INLINE void multiply(const enum kind kind, long rows, const uint32_t *x, long stride, const uint32_t *panels, long depth,
+                     long count, long columns, const float *factors, float *sums, long apart) {
+    for (long r = 0; r < rows; r += TILE)
+        for (long c = 0; c < columns; c += PANEL)
+            (kind == DOTS ? over_pairs : over_floats)(rows - r < TILE ? rows - r : TILE, x + r * stride, stride,
+                                                      panels + c * depth, count, factors ? factors + r : NULL,
+                                                      sums + r * apart + c, apart);
 }
 
-AVX512 static void look_narrow(const struct paged *kv, const char *q, float scale, float *room, char *out) {
-    look(0, kv, q, scale, room, out);
+/* The largest score of each row's `lengths` - from first ones, and what that makes of sums so far. */
+INLINE void find_most(const struct room *room, const int32_t *lengths, long rows, long shared, long from, float scale) {
+    for (long r = 0; r < rows; r++) {
+        const long seen = lengths[r / shared] - from;
+        __m512 most = _mm512_set1_ps(room->most[r]);
+        for (long i = 0; i < KEYS && i < seen; i += LANES)
+            most = _mm512_mask_max_ps(most, first(seen - i), most, _mm512_loadu_ps(room->scores + r * KEYS + i));
+        const float before = room->most[r];
+        room->most[r] = _mm512_reduce_max_ps(most);
+        room->factor[r] = (before - room->most[r]) * scale;
+    }
+    for (long r = 0; r < rows; r += LANES)
+        _mm512_storeu_ps(room->factor + r, power_of_two(_mm512_loadu_ps(room->factor + r)));
+}
+
+/* Scores of a row's first `seen` of `count` keys -> what each weighs beside the largest so far; those not seen, nothing. */
+INLINE void weigh(const enum kind kind, const struct room *room, long r, long seen, long count, float scale) {
+    const __m512 most = _mm512_set1_ps(room->most[r]), by = _mm512_set1_ps(scale);
+    __m512 sum = _mm512_setzero_ps();
+    for (long i = 0; i < count; i += LANES) {
+        __m512 weight = power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(room->scores + r * KEYS + i), most), by));
+        weight = _mm512_maskz_mov_ps(i < seen ? first(seen - i) : 0, weight);
+        sum = _mm512_add_ps(sum, weight);
+        if (kind == DOTS) _mm256_storeu_si256((__m256i *)(room->weights + (r * KEYS + i) / 2), narrow_fast(weight));
+        else _mm512_storeu_ps(room->weights + r * KEYS + i, weight);
+    }
+    room->total[r] = _mm512_fmadd_ps(room->total[r], _mm512_set1_ps(room->factor[r]), sum);
+}
+
+/* The same task of the KV head that is `head` further on. */
+INLINE struct room of_head(const struct room *room, long head, long rows, long width, long columns) {
+    struct room its = *room;
+    its.keys += head * (width + LANES) * KEYS, its.values += head * columns * KEYS;
+    its.q += head * rows * width, its.sums += head * rows * columns;
+    its.most += head * rows, its.factor += head * rows, its.total += head * rows;
+    return its;
+}
+
+/* Tokens' q (tokens, heads, shared, D), `q_stride` elements from one to the next -> out, alike, `out_stride`. */
+INLINE void look(const enum kind kind, const struct paged *kv, const int32_t *lengths, long tokens, long heads, long shared,
+                 const char *q, long q_stride, float scale, const struct room *room, char *out, long out_stride) {
+    const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1;
+    const long rows = tokens * shared, width = kv->dim / each, columns = padded(kv->dim);
+    scale *= LOG2E;
+    find_places(kv, size, room->places);
+    for (long r = 0; r < heads * rows; r++) {
+        const long of = r / rows * shared + r % shared; /* query head */
+        const char *row = q + (r % rows / shared * q_stride + of * kv->dim) * size;
+        for (long i = 0; i < width; i += LANES)
+            _mm512_mask_storeu_epi32(room->q + r * width + i, first(width - i), words(kind, row, i * each, first(width - i)));
+        for (long d = 0; d < columns; d += LANES) _mm512_storeu_ps(room->sums + r * columns + d, _mm512_setzero_ps());
+        room->total[r] = _mm512_setzero_ps();
+        room->most[r] = -INFINITY;
+    }
+    for (long from = 0; from < kv->length; from += KEYS) {
+        const long count = kv->length - from < KEYS ? padded(kv->length - from) : KEYS;
+        for (long i = 0; i < count; i += LANES) /* all heads of 16 positions, which lie together */
+            for (long head = 0; head < heads; head++) {
+                const struct room its = of_head(room, head, rows, width, columns);
+                lay(kind, kv, head * kv->dim * size, from, i, &its);
+            }
+        for (long head = 0; head < heads; head++) {
+            const struct room its = of_head(room, head, rows, width, columns);
+            multiply(kind, rows, its.q, width, its.keys, width, width, count, NULL, its.scores, KEYS);
+            find_most(&its, lengths, rows, shared, from, scale);
+            for (long r = 0; r < rows; r++) weigh(kind, &its, r, lengths[r / shared] - from, count, scale);
+            multiply(kind, rows, its.weights, KEYS / each, its.values, KEYS / each, count / each, columns, its.factor, its.sums,
+                     columns);
+        }
+    }
+    for (long r = 0; r < heads * rows; r++) {
+        char *row = out + (r % rows / shared * out_stride + (r / rows * shared + r % shared) * kv->dim) * size;
+        __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(room->total[r]));
+        for (long d = 0; d < kv->dim; d += LANES)
+            store(row, d, _mm512_mul_ps(_mm512_loadu_ps(room->sums + r * columns + d), share), 0xffff, kind == WIDE);
+    }
+}
+
+#define LOOK(name, kind)                                                                                                    \
+    AVX512 static void name(const struct paged *kv, const int32_t *lengths, long tokens, long heads, long shared,           \
+                            const char *q, long q_stride, float scale, const struct room *room, char *out, long out_stride) { \
+        look(kind, kv, lengths, tokens, heads, shared, q, q_stride, scale, room, out, out_stride);                          \
+    }
+LOOK(look_narrow, NARROW)
+LOOK(look_wide, WIDE)
+LOOK(look_pairs, DOTS)
+
+/* Lays out a task's room behind `at`, each piece on lines of its own; how many bytes that takes. */
+static size_t divide(char *at, long rows, long dim, long longest, struct room *room) {
+    const long columns = (dim + PANEL - 1) / PANEL * PANEL;
+    const struct {
+        void *piece;
+        long words;
+    } pieces[] = {
+        {&room->q, rows * dim},           {&room->weights, rows * KEYS},  {&room->keys, HEADS * (dim + LANES) * KEYS},
+        {&room->values, HEADS * columns * KEYS},  {&room->scores, rows * KEYS},   {&room->sums, rows * columns},
+        {&room->most, rows},              {&room->factor, rows + LANES},  {&room->total, rows * LANES},
+        {&room->places, 2 * (longest + PANEL + KEYS) / LANES},
+    };
+    size_t bytes = 0;
+    for (size_t i = 0; i < sizeof pieces / sizeof *pieces; i++) {
+        *(void **)pieces[i].piece = at + bytes;
+        bytes += (pieces[i].words * 4 + 63) / 64 * 64;
+    }
+    return bytes;
 }
 
 /* q (T, KV heads * shared, D), its rows q_stride elements apart; token t looks at the first lengths[t] positions of row
- * rows[t] of tables (B, columns). out (T, KV heads * shared, D). `wide`: fp32 throughout, else bf16. */
-void promptstitch_attention(int wide, const char *q, long q_stride, const char *keys, const char *values,
+ * rows[t] of tables (B, columns). out (T, KV heads * shared, D). `kind`: 0 for bf16, multiplied in fp32; 1 for fp32; 2
+ * for bf16, multiplied by the dot product, which the CPU must have. */
+void promptstitch_attention(int kind, const char *q, long q_stride, const char *keys, const char *values,
                             const int32_t *tables, long columns, const int32_t *rows, const int32_t *lengths, long tokens,
                             long kv_heads, long shared, long dim, long page, float scale, char *out) {
-    const long size = wide ? 4 : 2, width = kv_heads * shared * dim;
-    long longest = 0;
-    for (long t = 0; t < tokens; t++) longest = lengths[t] > longest ? lengths[t] : longest;
+    static __thread struct scratch tasks;
+    const long size = kind == WIDE ? 4 : 2, step = kv_heads * dim, width = shared * dim;
+    const long most = shared < ROWS ? ROWS / shared : 1; /* tokens of a task */
+    const long rows_at_most = (most > HEADS ? most : HEADS) * shared;
+    long *starts = reserve(&tasks, sizeof(long) * (tokens + 1)), count = 0, longest = 0;
+    for (long t = 0; t < tokens; t++) {
+        longest = lengths[t] > longest ? lengths[t] : longest;
+        if (t == 0 || rows[t] != rows[t - 1] || t - starts[count - 1] == most) starts[count++] = t;
+    }
+    starts[count] = tokens;
 #pragma omp parallel
     {
         static __thread struct scratch kept;
-        float *room = reserve(&kept, sizeof(float) * (2 * width + kv_heads * shared * (longest + page)));
+        struct room room;
+        divide(reserve(&kept, divide(NULL, rows_at_most, dim, longest, &room)), rows_at_most, dim, longest, &room);
 #pragma omp for schedule(dynamic)
-        for (long t = 0; t < tokens; t++) {
-            struct paged kv = {keys, values, tables + rows[t] * columns, page, kv_heads, shared, dim, lengths[t],
-                               page * kv_heads * dim * size};
-            (wide ? look_wide : look_narrow)(&kv, q + t * q_stride * size, scale, room, out + t * width * size);
+        for (long task = 0; task < count * kv_heads; task++) {
+            long t = starts[task / kv_heads], end = starts[task / kv_heads + 1], head = task % kv_heads, length = 0;
+            const long together = end - t > 1 ? 1 : kv_heads - head < HEADS ? kv_heads - head : HEADS;
+            if (end - t == 1 && head % HEADS > 0) continue;
+            for (long i = t; i < end; i++) length = lengths[i] > length ? lengths[i] : length;
+            struct paged kv = {keys + head * dim * size, values + head * dim * size, tables + rows[t] * columns,
+                               page,                     step,                       dim,
+                               length,                   page * step * size};
+            (kind == DOTS ? look_pairs : kind == WIDE ? look_wide : look_narrow)(
+                &kv, lengths + t, end - t, together, shared, q + (t * q_stride + head * width) * size, q_stride, scale, &room,
+                out + (t * kv_heads + head) * width * size, kv_heads * width);
         }
     }
 }

@@ -10,9 +10,6 @@
 #define TILE 12    /* rows of x at once: 24 sums, which leaves registers for two weights and an input */
 #define AHEAD 6144 /* bytes that are asked for early, into the next page, where prefetchers do not go */
 
-/* sum + w · x, two bf16 a lane. gcc 12 keeps the intrinsic's sums in memory. */
-#define DOT(sum, w, x) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x))
-
 int promptstitch_dots_supported(void) { return __builtin_cpu_supports("avx512bf16"); }
 
 /* A tile of x, pairs (K / 2, rows), over a panel (K / 2, 32) -> sums (rows, 32). */
@@ -28,8 +25,8 @@ static inline __attribute__((always_inline)) PAIRS void over(const int rows, con
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
             __m512i input = _mm512_set1_epi32((int)x[r]);
-            DOT(sum[r][0], left, input);
-            DOT(sum[r][1], right, input);
+            DOT_BF16(sum[r][0], left, input);
+            DOT_BF16(sum[r][1], right, input);
         }
     }
 #pragma GCC unroll 12

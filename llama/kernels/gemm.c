@@ -177,33 +177,14 @@ AVX512 static void over_panel(const struct weights *w, __m512 table, long panel,
 /* 16 columns of up to TILE rows, turned: out[TILE * i + r] = rows[r][i]. */
 INLINE void turn16(const int wide, const char *x, long k, long i, int rows, float *out) {
     long n = k - i < LANES ? k - i : LANES;
-    __m512 row[16], pair[16], four[16];
+    __m512i row[16];
 #pragma GCC unroll 16
-    for (int r = 0; r < 16; r++) row[r] = r < rows ? load(x, r * k + i, first(n), wide) : _mm512_setzero_ps();
-#pragma GCC unroll 8
-    for (int r = 0; r < 16; r += 2) {
-        pair[r] = _mm512_unpacklo_ps(row[r], row[r + 1]);
-        pair[r + 1] = _mm512_unpackhi_ps(row[r], row[r + 1]);
-    }
-#pragma GCC unroll 4
-    for (int r = 0; r < 16; r += 4) /* lane l of four[r + j]: column 4 l + j of rows r .. r + 3 */
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            __m512d low = _mm512_castps_pd(pair[r + j]), high = _mm512_castps_pd(pair[r + j + 2]);
-            four[r + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(low, high));
-            four[r + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low, high));
-        }
-#pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        __m512 a = _mm512_shuffle_f32x4(four[j], four[4 + j], 0x44), b = _mm512_shuffle_f32x4(four[j], four[4 + j], 0xee);
-        __m512 c = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0x44);
-        __m512 d = _mm512_shuffle_f32x4(four[8 + j], four[12 + j], 0xee);
-        __m512 column[4] = {_mm512_shuffle_f32x4(a, c, 0x88), _mm512_shuffle_f32x4(a, c, 0xdd),
-                            _mm512_shuffle_f32x4(b, d, 0x88), _mm512_shuffle_f32x4(b, d, 0xdd)};
-#pragma GCC unroll 4
-        for (int l = 0; l < 4; l++)
-            if (4 * l + j < n) _mm512_mask_storeu_ps(out + TILE * (i + 4 * l + j), first(TILE), column[l]);
-    }
+    for (int r = 0; r < 16; r++)
+        row[r] = r < rows ? _mm512_castps_si512(load(x, r * k + i, first(n), wide)) : _mm512_setzero_si512();
+    transpose(row);
+#pragma GCC unroll 16
+    for (int c = 0; c < 16; c++)
+        if (c < n) _mm512_mask_storeu_epi32(out + TILE * (i + c), first(TILE), row[c]);
 }
 
 AVX512 static void turn16_wide(const char *x, long k, long i, int rows, float *out) { turn16(1, x, k, i, rows, out); }

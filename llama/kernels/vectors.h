@@ -27,6 +27,16 @@ INLINE __m256i narrow(__m512 x) {
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
 
+/* The same by one instruction of AVX512-BF16, which takes denormals for zero. */
+INLINE __m256i narrow_fast(__m512 x) {
+    __m256i out;
+    __asm__("vcvtneps2bf16 %1, %0" : "=v"(out) : "v"(x));
+    return out;
+}
+
+/* sum + w · x, two bf16 a lane, by AVX512-BF16. gcc 12 keeps the intrinsic's sums in memory. */
+#define DOT_BF16(sum, w, x) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x))
+
 INLINE __mmask16 first(long n) { return n >= LANES ? 0xffff : (__mmask16)((1u << n) - 1); }
 
 /* Up to 16 elements as fp32; `wide` says that they are fp32 already, else they are bf16. */
@@ -52,20 +62,47 @@ INLINE void factors(const char *from, int kept, long at, __m512 *left, __m512 *r
     *right = load(from, at + LANES, 0xffff, kept);
 }
 
-/* e^x for x <= 0: Cephes' polynomial (relative error 2e-7); what lies below -87 counts as -87, next to nothing. */
-INLINE __m512 exponential(__m512 x) {
-    x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-    __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-    __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-    r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.3981999507e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(8.3334519073e-3f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(4.1665795894e-2f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.6666665459e-1f));
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.0000001201e-1f));
-    p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+#define LOG2E 1.44269504f
+
+/* 2^x for x <= 0 by a polynomial (relative error 1e-7) that is 1 at 0; what lies below -126 counts as -126, next to
+ * nothing, and what is not a number stays so. */
+INLINE __m512 power_of_two(__m512 x) {
+    x = _mm512_max_ps(_mm512_set1_ps(-126.0f), x);
+    __m512 n = _mm512_roundscale_ps(x, 0), r = _mm512_sub_ps(x, n);
+    __m512 p = _mm512_set1_ps(1.32647264e-3f);
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(9.67151270e-3f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(5.55073375e-2f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(2.40222421e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(6.93146978e-1f));
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(1.0f));
     return _mm512_scalef_ps(p, n);
+}
+
+/* 16 rows of 16 words, turned in place: rows[c] becomes word c of every row. */
+INLINE void transpose(__m512i rows[16]) {
+    __m512i pair[16], four[16];
+#pragma GCC unroll 8
+    for (int r = 0; r < 16; r += 2) {
+        pair[r] = _mm512_unpacklo_epi32(rows[r], rows[r + 1]);
+        pair[r + 1] = _mm512_unpackhi_epi32(rows[r], rows[r + 1]);
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 16; r += 4) /* lane l of four[r + j]: column 4 l + j of rows r .. r + 3 */
+#pragma GCC unroll 2
+        for (int j = 0; j < 2; j++) {
+            four[r + 2 * j] = _mm512_unpacklo_epi64(pair[r + j], pair[r + j + 2]);
+            four[r + 2 * j + 1] = _mm512_unpackhi_epi64(pair[r + j], pair[r + j + 2]);
+        }
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x44), b = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xee);
+        __m512i c = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x44);
+        __m512i d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xee);
+        rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
+        rows[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
+        rows[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
+        rows[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
+    }
 }
 
 /* Scratch that grows and is kept: a step asks for the same sizes again and again. `held` starts out zeroed. */

@@ -6,13 +6,22 @@ import pytest
 import torch
 
 from engine.attention import KVPages, NativeAttention, PagedAttention, Span, attend
+from llama import native
 from llama.config import LlamaConfig, RopeConfig
-from llama.native import kernels
 
-native = kernels()
-pytestmark = pytest.mark.skipif(native is None, reason="the kernels were not built, or this CPU does not run them")
+ours = native.kernels()
+pytestmark = pytest.mark.skipif(ours is None, reason="the kernels were not built, or this CPU does not run them")
 SPANS = [Span([5, 2, 9], 40, 1), Span([1], 0, 1), Span([7, 3, 8], 11, 30), Span([4], 0, 16), Span([6, 11], 16, 1)]
 IN_ORDER = sorted(SPANS, key=lambda span: span.length)
+LONG = Span([(7 * i + 3) % 12 for i in range(12)], 0, 190)  # several blocks of keys, several tasks
+
+
+@pytest.fixture(params=[False, True])
+def dots(request, monkeypatch) -> None:
+    """Both ways to multiply bf16, whichever is the faster one here."""
+    if request.param and not ours.dots:
+        pytest.skip("this CPU has no bf16 dot product (AVX512-BF16)")
+    monkeypatch.setattr(native, "dot_is_faster", lambda: request.param)
 
 
 def pages(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> KVPages:
@@ -25,34 +34,53 @@ def pages(dtype: torch.dtype, heads: int, kv_heads: int, dim: int) -> KVPages:
     return kv
 
 
-@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 128), (10, 2, 80)])
+@pytest.mark.usefixtures("dots")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 16), (8, 1, 128), (10, 2, 80), (100, 1, 16)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
 def test_decoding_and_prefill_in_one_batch(dtype, tolerance, heads, kv_heads, dim):
-    plain, ours = pages(dtype, heads, kv_heads, dim), pages(dtype, heads, kv_heads, dim)
+    plain, mine = pages(dtype, heads, kv_heads, dim), pages(dtype, heads, kv_heads, dim)
     tokens = sum(span.length for span in IN_ORDER)
     q, k, v = (torch.randn(tokens, n, dim).to(dtype) for n in (heads, kv_heads, kv_heads))
     expected = PagedAttention(plain, IN_ORDER)(1, q, k, v)
-    got = NativeAttention(ours, IN_ORDER, native)(1, q, k, v)
+    got = NativeAttention(mine, IN_ORDER, ours)(1, q, k, v)
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-    assert torch.equal(ours.keys, plain.keys)
-    assert torch.equal(ours.values, plain.values)
+    assert torch.equal(mine.keys, plain.keys)
+    assert torch.equal(mine.values, plain.values)
+
+
+@pytest.mark.usefixtures("dots")
+@pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (4, 4, 80)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 2e-2)])
+def test_a_long_text_whole_and_in_pieces(dtype, tolerance, heads, kv_heads, dim):
+    """Close to the plain one; and whichever tokens stand beside it, a token is the same to the last bit."""
+    plain, kv = pages(dtype, heads, kv_heads, dim), pages(dtype, heads, kv_heads, dim)
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(190, n, dim, generator=generator).to(dtype) for n in (heads, kv_heads, kv_heads))
+    whole = NativeAttention(kv, [LONG], ours)(0, q, k, v)
+    torch.testing.assert_close(whole, PagedAttention(plain, [LONG])(0, q, k, v), rtol=tolerance, atol=tolerance)
+    for start, stop in ((189, 190), (0, 1), (64, 65), (63, 101), (100, 190)):
+        piece = [t[start:stop] for t in (q, k, v)]
+        got = NativeAttention(kv, [Span(LONG.table, start, stop - start)], ours)(0, *piece)
+        assert torch.equal(got, whole[start:stop])
 
 
 def test_rows_of_a_wider_tensor_are_read_in_place():
     """As the model hands them over: slices of one product."""
-    plain, ours = pages(torch.float32, 4, 2, 32), pages(torch.float32, 4, 2, 32)
+    plain, mine = pages(torch.float32, 4, 2, 32), pages(torch.float32, 4, 2, 32)
     tokens = sum(span.length for span in IN_ORDER)
     q, k, v = torch.randn(tokens, 8, 32).split((4, 2, 2), 1)
     expected = PagedAttention(plain, IN_ORDER)(0, q, k, v)
-    torch.testing.assert_close(NativeAttention(ours, IN_ORDER, native)(0, q, k, v), expected)
+    torch.testing.assert_close(NativeAttention(mine, IN_ORDER, ours)(0, q, k, v), expected)
 
 
-def test_what_lies_behind_a_sequence_does_not_matter():
+@pytest.mark.usefixtures("dots")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_lies_behind_a_sequence_does_not_matter(dtype):
     """A page's unused slots may hold anything, even what is not a number."""
-    kv = pages(torch.float32, 4, 2, 32)
+    kv = pages(dtype, 4, 2, 32)
     kv.keys[0, 3, 5:], kv.values[0, 3, 5:] = torch.nan, torch.nan
-    q, k, v = (torch.randn(1, n, 32) for n in (4, 2, 2))
-    assert NativeAttention(kv, [Span([3], 4, 1)], native)(0, q, k, v).isfinite().all()
+    q, k, v = (torch.randn(1, n, 32).to(dtype) for n in (4, 2, 2))
+    assert NativeAttention(kv, [Span([3], 4, 1)], ours)(0, q, k, v).isfinite().all()
 
 
 def test_the_kernel_is_taken_where_it_fits():
