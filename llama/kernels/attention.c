@@ -1,13 +1,15 @@
-/* Attention over pages, read where they lie (PagedAttention; Kwon et al. 2023), a block of keys at a time with a running
- * softmax (FlashAttention; Dao et al. 2022).
+/* Attention over pages (PagedAttention; Kwon et al. 2023), a block of keys at a time with a running softmax
+ * (FlashAttention; Dao et al. 2022).
  *
  * Keys and values of one layer are (pages, page size, KV heads, D), page size a multiple of 16, D of 16. A token looks
  * at the first `length` positions of its block table. Neighbouring tokens of one sequence, times the heads that share a
- * KV head, are the rows of one task: keys and values are laid out once for all of them. Sums are fp32; products are those
- * of fp32, or of two bf16 at a time, weights of keys rounded to bf16, where that is the faster one (`dots.c`).
+ * KV head, are the rows of one task, which lays keys and values out once for all of them; a token that stands alone reads
+ * them where they lie. Sums are fp32; products are those of fp32, or of two bf16 at a time, weights of keys rounded to
+ * bf16, where that is the faster one (`dots.c`).
  *
- * A row is the same to the last bit whichever rows share its task: blocks begin at fixed positions, every sum is one chain
- * in the order of positions, and what a row may not see adds zero, or multiplies by one.
+ * A row is the same to the last bit whichever rows share its task, and if it stands alone: blocks begin at fixed
+ * positions, a score is the sum of CHAINS chains, each over every CHAINS-th word of a key, all other sums are one chain in
+ * the order of positions, and what a row may not see adds zero, or multiplies by one.
  */
 #include "vectors.h"
 
@@ -16,10 +18,12 @@
 
 #define ROWS 96   /* of a task, about: what is laid out is read so many times, and all of it stays in the second cache */
 #define KEYS 64   /* of a block */
+#define CHAINS 4  /* of a score: a key that is read where it lies has four words in a lane of 128 bits */
 #define HEADS 4   /* KV heads at once where a token stands alone: they lie together, and are read as one piece */
 #define AHEAD 32  /* positions that are asked for early; at most KEYS */
 #define PANEL 32  /* keys or dimensions beside each other: two vectors */
 #define TILE 12   /* rows at once: 24 sums, which leaves registers for two vectors of a panel and an input */
+#define FEW 4     /* rows at once where a token stands alone */
 
 /* How elements are stored and multiplied. */
 enum kind { NARROW, WIDE, DOTS }; /* bf16 by fp32, fp32, bf16 by pairs */
@@ -32,7 +36,7 @@ struct paged {
 
 /* What a task keeps beside each other. Rows of q, weights and panels are of 32 bits: one fp32 or two bf16. */
 struct room {
-    uint32_t *q, *weights, *keys, *values; /* (rows, width), (rows, KEYS); panels (width, 32), (KEYS, 32) */
+    uint32_t *q, *weights, *keys, *values; /* (rows, padded width), (rows, KEYS); panels (width, 32), (KEYS, 32) */
     float *scores, *sums, *most, *factor;  /* (rows, KEYS), (rows, columns), (rows,), (rows,) */
     __m512 *total;                         /* (rows,): what weights add up to, every 16th position to a lane */
     long *places;                          /* where each 16 positions lie, in bytes; behind the last ones, these again */
@@ -40,10 +44,40 @@ struct room {
 
 INLINE long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
 
+INLINE __m512 multiply_add(const enum kind kind, __m512 sum, __m512i x, __m512i y) {
+    if (kind != DOTS) return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), sum);
+    DOT_BF16(sum, x, y);
+    return sum;
+}
+
 /* 16 elements as 32 bits each, or 32 as pairs; mask: of these 16. */
-INLINE __m512i words(const enum kind kind, const char *at, long index, __mmask16 mask) {
-    if (kind == DOTS) return _mm512_maskz_loadu_epi32(mask, at + 2 * index);
-    return _mm512_castps_si512(load(at, index, mask, kind == WIDE));
+INLINE __m512i words(const enum kind kind, const char *at, __mmask16 mask) {
+    if (kind == DOTS) return _mm512_maskz_loadu_epi32(mask, at);
+    return _mm512_castps_si512(load(at, 0, mask, kind == WIDE));
+}
+
+/* The same, of a query or a key, in the order in which they are multiplied: of 8 bf16 those that are the lower halves of
+ * words go first. */
+INLINE __m512i ordered(const enum kind kind, const char *at, __mmask16 mask) {
+    const __m512i halves = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
+    return kind == NARROW ? _mm512_permutexvar_epi32(halves, words(kind, at, mask)) : words(kind, at, mask);
+}
+
+/* 32 dimensions of one value, or of two that follow each other, zipped, which leaves dimensions in the order that
+ * `unzip` ends; masks: of each 16 words that lie there. */
+INLINE void take(const enum kind kind, const char *at, long next, __mmask16 left, __mmask16 right, int second, __m512i out[2]) {
+    if (kind == DOTS) {
+        __m512i one = words(kind, at, left), other = words(kind, at + next, second ? left : 0);
+        out[0] = _mm512_unpacklo_epi16(one, other), out[1] = _mm512_unpackhi_epi16(one, other);
+    } else {
+        out[0] = words(kind, at, left), out[1] = words(kind, at + LANES * (kind == WIDE ? 4 : 2), right);
+    }
+}
+
+INLINE void unzip(const enum kind kind, __m512 sums[2]) {
+    if (kind != DOTS) return;
+    __m512 low = _mm512_shuffle_f32x4(sums[0], sums[1], 0x44), high = _mm512_shuffle_f32x4(sums[0], sums[1], 0xee);
+    sums[0] = _mm512_shuffle_f32x4(low, low, 0xd8), sums[1] = _mm512_shuffle_f32x4(high, high, 0xd8);
 }
 
 INLINE void find_places(const struct paged *kv, long size, long *places) {
@@ -53,8 +87,91 @@ INLINE void find_places(const struct paged *kv, long size, long *places) {
     for (; n < all; n++) places[n] = places[n - 1];
 }
 
-/* 16 keys -> their columns of a panel (width, 32), and perhaps of what is laid out next. Pages lie anywhere, which no
- * prefetcher guesses, so those that are `ahead` are asked for meanwhile. */
+/* Scores of 16 keys where they lie, for rows of q (rows, `width`), zeros behind D -> (rows, KEYS). Pages lie anywhere, which
+ * no prefetcher guesses, so those that are `ahead` are asked for meanwhile. */
+INLINE void score(const int rows, const enum kind kind, const struct paged *kv, const char *at, long ahead, const uint32_t *q,
+                  long width, float *scores) {
+    const long next = kv->step * (kind == WIDE ? 4 : 2), count = kind == WIDE ? kv->dim : kv->dim / 2;
+    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
+    __m512 sum[FEW][4];
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm512_setzero_ps();
+    for (long i = 0; i < count; i += LANES, at += 64, q += kind == NARROW ? 2 * LANES : LANES)
+#pragma GCC unroll 4
+        for (int f = 0; f < 4; f++) { /* keys f, 4 + f, 8 + f and 12 + f, to a lane of 128 bits each */
+            __m512i four[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                const char *key = at + (4 * j + f) * next;
+                _mm_prefetch(key + ahead, _MM_HINT_T1);
+                four[j] = _mm512_maskz_loadu_epi32(first(count - i), key);
+            }
+            turn_fours(four, 1);
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++)
+#pragma GCC unroll 4
+                for (int r = 0; r < rows; r++) {
+                    const __m128i *by = (const __m128i *)(q + r * width + 4 * j * (kind == NARROW ? 2 : 1));
+                    if (kind == NARROW) {
+                        sum[r][f] = multiply_add(kind, sum[r][f], _mm512_slli_epi32(four[j], 16),
+                                                 _mm512_broadcast_i32x4(_mm_loadu_si128(by)));
+                        sum[r][f] = multiply_add(kind, sum[r][f], _mm512_and_si512(four[j], high),
+                                                 _mm512_broadcast_i32x4(_mm_loadu_si128(by + 1)));
+                    } else {
+                        sum[r][f] = multiply_add(kind, sum[r][f], four[j], _mm512_broadcast_i32x4(_mm_loadu_si128(by)));
+                    }
+                }
+        }
+#pragma GCC unroll 4
+    for (int r = 0; r < rows; r++) {
+        __m512i chain[CHAINS];
+#pragma GCC unroll 4
+        for (int f = 0; f < 4; f++) chain[f] = _mm512_castps_si512(sum[r][f]);
+        turn_words(chain);
+        __m512 total = _mm512_castsi512_ps(chain[0]);
+#pragma GCC unroll 3
+        for (int j = 1; j < CHAINS; j++) total = _mm512_add_ps(total, _mm512_castsi512_ps(chain[j]));
+        _mm512_storeu_ps(scores + r * KEYS, total);
+    }
+}
+
+/* The first `count` of 16 values where they lie, times weights (rows, KEYS), added to what factors (rows,) leave of sums
+ * (rows, columns). */
+INLINE void gather(const int rows, const enum kind kind, const struct paged *kv, const char *at, long ahead, long count,
+                   const uint32_t *weights, const float *factors, float *sums, long columns) {
+    const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1, next = kv->step * size;
+    for (long d = 0; d < kv->dim; d += PANEL, sums += PANEL) {
+        const __mmask16 left = first((kv->dim - d) / each), right = kv->dim - d > LANES ? 0xffff : 0;
+        const char *value = at + d * size;
+        __m512 sum[FEW][2];
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                sum[r][half] = _mm512_loadu_ps(sums + r * columns + half * LANES);
+                if (factors) sum[r][half] = _mm512_mul_ps(_mm512_set1_ps(factors[r]), sum[r][half]);
+            }
+        for (long i = 0; i < count; i += each, value += each * next) {
+            __m512i pair[2];
+            _mm_prefetch(value + ahead, _MM_HINT_T1);
+            if (kind == DOTS) _mm_prefetch(value + next + ahead, _MM_HINT_T1);
+            take(kind, value, next, left, right, i + 1 < count, pair);
+#pragma GCC unroll 4
+            for (int r = 0; r < rows; r++) {
+                __m512i weight = _mm512_set1_epi32((int)weights[(r * KEYS + i) / each]);
+                sum[r][0] = multiply_add(kind, sum[r][0], pair[0], weight);
+                sum[r][1] = multiply_add(kind, sum[r][1], pair[1], weight);
+            }
+        }
+#pragma GCC unroll 4
+        for (int r = 0; r < rows; r++) {
+            _mm512_storeu_ps(sums + r * columns, sum[r][0]);
+            _mm512_storeu_ps(sums + r * columns + LANES, sum[r][1]);
+        }
+    }
+}
+
+/* 16 keys -> their columns of a panel (width, 32), and perhaps of what is laid out next. */
 INLINE void lay_keys(const enum kind kind, const struct paged *kv, const char *at, long ahead, uint32_t *panel) {
     const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1, width = kv->dim / each;
     for (long i = 0; i < width; i += LANES) {
@@ -63,7 +180,7 @@ INLINE void lay_keys(const enum kind kind, const struct paged *kv, const char *a
         __m512i row[LANES];
 #pragma GCC unroll 16
         for (int r = 0; r < LANES; r++, key += kv->step * size) {
-            row[r] = words(kind, key, 0, mask);
+            row[r] = ordered(kind, key, mask);
             _mm_prefetch(key + ahead, _MM_HINT_T1);
         }
         transpose(row);
@@ -76,78 +193,62 @@ INLINE void lay_keys(const enum kind kind, const struct paged *kv, const char *a
  * are zero: a weight of zero makes nothing of what is not a number. */
 INLINE void lay_values(const enum kind kind, const struct paged *kv, const char *at, long ahead, long count, uint32_t *panels) {
     const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1, next = kv->step * size;
-    static const uint16_t zip[PANEL] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                        8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-    const __m512i low = _mm512_loadu_si512(zip), high = _mm512_add_epi16(low, _mm512_set1_epi16(LANES));
     for (long d = 0; d < kv->dim; d += PANEL) {
         const __mmask16 left = first((kv->dim - d) / each), right = kv->dim - d > LANES ? 0xffff : 0;
         const char *value = at + d * size;
         uint32_t *out = panels + d * KEYS / each;
         for (int r = 0; r < LANES; r += each, value += each * next, out += PANEL) {
-            const __mmask16 here = r < count ? left : 0;
+            __m512i pair[2];
             _mm_prefetch(value + ahead, _MM_HINT_T1);
-            if (kind == DOTS) {
-                __m512i one = words(kind, value, 0, here), other = words(kind, value + next, 0, r + 1 < count ? left : 0);
-                _mm_prefetch(value + next + ahead, _MM_HINT_T1);
-                _mm512_storeu_si512(out, _mm512_permutex2var_epi16(one, low, other));
-                _mm512_storeu_si512(out + LANES, _mm512_permutex2var_epi16(one, high, other));
-            } else {
-                _mm512_storeu_si512(out, words(kind, value, 0, here));
-                _mm512_storeu_si512(out + LANES, words(kind, value, LANES, here & right));
-            }
+            if (kind == DOTS) _mm_prefetch(value + next + ahead, _MM_HINT_T1);
+            take(kind, value, next, r < count ? left : 0, r < count ? right : 0, r + 1 < count, pair);
+            _mm512_storeu_si512(out, pair[0]);
+            _mm512_storeu_si512(out + LANES, pair[1]);
         }
     }
 }
 
-/* 16 keys and values, the i-th and on of a block, into its panels; `head`: of the KV head that lies so many bytes on. */
-INLINE void lay(const enum kind kind, const struct paged *kv, long head, long from, long i, const struct room *room) {
-    const long width = kind == DOTS ? kv->dim / 2 : kv->dim, each = kind == DOTS ? 2 : 1;
-    long here = room->places[(from + i) / LANES] + head, next = room->places[(from + i + AHEAD) / LANES] + head;
-    lay_keys(kind, kv, kv->keys + here, next - here, room->keys + i / PANEL * PANEL * width + i % PANEL);
-    lay_values(kind, kv, kv->values + here, next - here, kv->length - from - i, room->values + i * PANEL / each);
-}
-
-/* x (rows, count), its rows `stride` apart, over a panel (count, 32) -> sums (rows, 32), `apart`; added to what factors
- * (rows,) leave of the sums before, if there are any. */
+/* x (rows, count), its rows `stride` apart, over a panel (count, 32), in chains -> sums (rows, 32), `apart`; added to what
+ * factors (rows,) leave of the sums before, if there are any. */
 INLINE void over(const int rows, const enum kind kind, const uint32_t *x, long stride, const uint32_t *panel, long count,
-                 const float *factors, float *sums, long apart) {
+                 long chains, const float *factors, float *sums, long apart) {
     __m512 sum[TILE][2];
     const uint32_t *third[4] = {x, x + 3 * stride, x + 6 * stride, x + 9 * stride}; /* so that registers suffice */
+    for (long chain = 0; chain < chains; chain++) {
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; r++)
+        for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2
-        for (int half = 0; half < 2; half++)
-            sum[r][half] = factors ? _mm512_mul_ps(_mm512_set1_ps(factors[r]), _mm512_loadu_ps(sums + r * apart + half * LANES))
-                                   : _mm512_setzero_ps();
-    for (long i = 0; i < count; i++, panel += PANEL) {
-        __m512i left = _mm512_loadu_si512(panel), right = _mm512_loadu_si512(panel + LANES);
+            for (int half = 0; half < 2; half++)
+                sum[r][half] = factors ? _mm512_mul_ps(_mm512_set1_ps(factors[r]),
+                                                       _mm512_loadu_ps(sums + r * apart + half * LANES))
+                                       : _mm512_setzero_ps();
+        for (long i = chain; i < count; i += chains) {
+            __m512i left = _mm512_loadu_si512(panel + i * PANEL), right = _mm512_loadu_si512(panel + i * PANEL + LANES);
 #pragma GCC unroll 12
-        for (int r = 0; r < rows; r++) {
-            __m512i input = _mm512_set1_epi32((int)third[r / 3][r % 3 * stride + i]);
-            if (kind == DOTS) {
-                DOT_BF16(sum[r][0], left, input);
-                DOT_BF16(sum[r][1], right, input);
-            } else {
-                sum[r][0] = _mm512_fmadd_ps(_mm512_castsi512_ps(left), _mm512_castsi512_ps(input), sum[r][0]);
-                sum[r][1] = _mm512_fmadd_ps(_mm512_castsi512_ps(right), _mm512_castsi512_ps(input), sum[r][1]);
+            for (int r = 0; r < rows; r++) {
+                __m512i input = _mm512_set1_epi32((int)third[r / 3][r % 3 * stride + i]);
+                sum[r][0] = multiply_add(kind, sum[r][0], left, input);
+                sum[r][1] = multiply_add(kind, sum[r][1], right, input);
             }
         }
-    }
 #pragma GCC unroll 12
-    for (int r = 0; r < rows; r++) {
-        _mm512_storeu_ps(sums + r * apart, sum[r][0]);
-        _mm512_storeu_ps(sums + r * apart + LANES, sum[r][1]);
+        for (int r = 0; r < rows; r++)
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                float *at = sums + r * apart + half * LANES;
+                _mm512_storeu_ps(at, chain ? _mm512_add_ps(_mm512_loadu_ps(at), sum[r][half]) : sum[r][half]);
+            }
     }
 }
 
-#define CASE(n) case n: return over(n, kind, x, stride, panel, count, factors, sums, apart);
+#define CASE(n) case n: return over(n, kind, x, stride, panel, count, chains, factors, sums, apart);
 #define EVERY(name, kind_)                                                                                              \
-    AVX512 static void name(long rows, const uint32_t *x, long stride, const uint32_t *panel, long count,               \
+    AVX512 static void name(long rows, const uint32_t *x, long stride, const uint32_t *panel, long count, long chains,  \
                             const float *factors, float *sums, long apart) {                                            \
         const enum kind kind = kind_;                                                                                   \
         switch (rows) {                                                                                                 \
             CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)                   \
-            default: return over(TILE, kind, x, stride, panel, count, factors, sums, apart);                            \
+            default: return over(TILE, kind, x, stride, panel, count, chains, factors, sums, apart);                    \
         }                                                                                                               \
     }
 EVERY(over_floats, WIDE)
@@ -155,11 +256,11 @@ EVERY(over_pairs, DOTS)
 
 /* x (rows, count) over panels that make up (count, columns) -> sums (rows, columns), `apart`. */
 INLINE void multiply(const enum kind kind, long rows, const uint32_t *x, long stride, const uint32_t *panels, long depth,
-                     long count, long columns, const float *factors, float *sums, long apart) {
+                     long count, long columns, long chains, const float *factors, float *sums, long apart) {
     for (long r = 0; r < rows; r += TILE)
         for (long c = 0; c < columns; c += PANEL)
             (kind == DOTS ? over_pairs : over_floats)(rows - r < TILE ? rows - r : TILE, x + r * stride, stride,
-                                                      panels + c * depth, count, factors ? factors + r : NULL,
+                                                      panels + c * depth, count, chains, factors ? factors + r : NULL,
                                                       sums + r * apart + c, apart);
 }
 
@@ -192,52 +293,89 @@ INLINE void weigh(const enum kind kind, const struct room *room, long r, long se
     room->total[r] = _mm512_fmadd_ps(room->total[r], _mm512_set1_ps(room->factor[r]), sum);
 }
 
-/* The same task of the KV head that is `head` further on. */
-INLINE struct room of_head(const struct room *room, long head, long rows, long width, long columns) {
-    struct room its = *room;
-    its.keys += head * (width + LANES) * KEYS, its.values += head * columns * KEYS;
-    its.q += head * rows * width, its.sums += head * rows * columns;
-    its.most += head * rows, its.factor += head * rows, its.total += head * rows;
-    return its;
+/* A block of keys from a position on, laid out for the rows of many tokens, of one KV head. */
+INLINE void many(const enum kind kind, const struct paged *kv, const int32_t *lengths, long rows, long shared, long from,
+                 float scale, const struct room *room) {
+    const long each = kind == DOTS ? 2 : 1, width = kv->dim / each, columns = padded(kv->dim);
+    const long count = kv->length - from < KEYS ? padded(kv->length - from) : KEYS;
+    for (long i = 0; i < count; i += LANES) {
+        const long here = room->places[(from + i) / LANES], ahead = room->places[(from + i + AHEAD) / LANES] - here;
+        lay_keys(kind, kv, kv->keys + here, ahead, room->keys + i / PANEL * PANEL * width + i % PANEL);
+        lay_values(kind, kv, kv->values + here, ahead, kv->length - from - i, room->values + i * PANEL / each);
+    }
+    multiply(kind, rows, room->q, padded(width), room->keys, width, width, count, CHAINS, NULL, room->scores, KEYS);
+    find_most(room, lengths, rows, shared, from, scale);
+    for (long r = 0; r < rows; r++) weigh(kind, room, r, lengths[r / shared] - from, count, scale);
+    multiply(kind, rows, room->weights, KEYS / each, room->values, KEYS / each, count / each, columns, 1, room->factor,
+             room->sums, columns);
 }
 
-/* Tokens' q (tokens, heads, shared, D), `q_stride` elements from one to the next -> out, alike, `out_stride`. */
+#define BY_ROWS(call, rows, ...)          \
+    switch (rows) {                       \
+    case 1: call(1, __VA_ARGS__); break;  \
+    case 2: call(2, __VA_ARGS__); break;  \
+    case 3: call(3, __VA_ARGS__); break;  \
+    default: call(FEW, __VA_ARGS__);      \
+    }
+
+/* The same where they lie, for one token's rows of KV heads that lie beside each other, `shared` of each. */
+INLINE void alone(const enum kind kind, const struct paged *kv, long rows, long shared, long from, float scale,
+                  const struct room *room) {
+    const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1;
+    const long width = padded(kv->dim / each), columns = padded(kv->dim), seen = kv->length - from;
+    const int32_t length = kv->length;
+    for (long i = 0; i < KEYS && i < seen; i += LANES) {
+        const long here = room->places[(from + i) / LANES], ahead = room->places[(from + i + AHEAD) / LANES] - here;
+        for (long r = 0, few; r < rows; r += few) {
+            few = shared - r % shared < FEW ? shared - r % shared : FEW;
+            BY_ROWS(score, few, kind, kv, kv->keys + here + r / shared * kv->dim * size, ahead, room->q + r * width, width,
+                    room->scores + r * KEYS + i)
+        }
+    }
+    find_most(room, &length, rows, rows, from, scale);
+    for (long r = 0; r < rows; r++) weigh(kind, room, r, seen, seen < KEYS ? padded(seen) : KEYS, scale);
+    for (long i = 0; i < KEYS && i < seen; i += LANES) {
+        const long here = room->places[(from + i) / LANES], ahead = room->places[(from + i + AHEAD) / LANES] - here;
+        for (long r = 0, few; r < rows; r += few) {
+            few = shared - r % shared < FEW ? shared - r % shared : FEW;
+            BY_ROWS(gather, few, kind, kv, kv->values + here + r / shared * kv->dim * size, ahead,
+                    seen - i < LANES ? seen - i : LANES, room->weights + (r * KEYS + i) / each,
+                    i == 0 ? room->factor + r : NULL, room->sums + r * columns, columns)
+        }
+    }
+}
+
+/* Tokens' q (tokens, heads * shared, D), `q_stride` elements from one to the next -> out, alike, `out_stride`. Of several
+ * heads where there is one token, of one where there are more. */
 INLINE void look(const enum kind kind, const struct paged *kv, const int32_t *lengths, long tokens, long heads, long shared,
                  const char *q, long q_stride, float scale, const struct room *room, char *out, long out_stride) {
-    const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1;
-    const long rows = tokens * shared, width = kv->dim / each, columns = padded(kv->dim);
+    const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1, of = heads * shared;
+    const long rows = tokens * of, width = kv->dim / each, stride = padded(width), columns = padded(kv->dim);
     scale *= LOG2E;
     find_places(kv, size, room->places);
-    for (long r = 0; r < heads * rows; r++) {
-        const long of = r / rows * shared + r % shared; /* query head */
-        const char *row = q + (r % rows / shared * q_stride + of * kv->dim) * size;
-        for (long i = 0; i < width; i += LANES)
-            _mm512_mask_storeu_epi32(room->q + r * width + i, first(width - i), words(kind, row, i * each, first(width - i)));
+    for (long r = 0; r < rows; r++) {
+        const char *row = q + (r / of * q_stride + r % of * kv->dim) * size;
+        for (long i = 0; i < stride; i += LANES) {
+            const __mmask16 mask = i < width ? first(width - i) : 0;
+            _mm512_storeu_si512(room->q + r * stride + i, ordered(kind, row + i * each * size, mask));
+        }
         for (long d = 0; d < columns; d += LANES) _mm512_storeu_ps(room->sums + r * columns + d, _mm512_setzero_ps());
         room->total[r] = _mm512_setzero_ps();
         room->most[r] = -INFINITY;
     }
-    for (long from = 0; from < kv->length; from += KEYS) {
-        const long count = kv->length - from < KEYS ? padded(kv->length - from) : KEYS;
-        for (long i = 0; i < count; i += LANES) /* all heads of 16 positions, which lie together */
-            for (long head = 0; head < heads; head++) {
-                const struct room its = of_head(room, head, rows, width, columns);
-                lay(kind, kv, head * kv->dim * size, from, i, &its);
-            }
-        for (long head = 0; head < heads; head++) {
-            const struct room its = of_head(room, head, rows, width, columns);
-            multiply(kind, rows, its.q, width, its.keys, width, width, count, NULL, its.scores, KEYS);
-            find_most(&its, lengths, rows, shared, from, scale);
-            for (long r = 0; r < rows; r++) weigh(kind, &its, r, lengths[r / shared] - from, count, scale);
-            multiply(kind, rows, its.weights, KEYS / each, its.values, KEYS / each, count / each, columns, its.factor, its.sums,
-                     columns);
-        }
-    }
-    for (long r = 0; r < heads * rows; r++) {
-        char *row = out + (r % rows / shared * out_stride + (r / rows * shared + r % shared) * kv->dim) * size;
+    for (long from = 0; from < kv->length; from += KEYS)
+        if (tokens > 1) many(kind, kv, lengths, rows, shared, from, scale, room);
+        else alone(kind, kv, rows, shared, from, scale, room);
+    for (long r = 0; r < rows; r++) {
+        char *row = out + (r / of * out_stride + r % of * kv->dim) * size;
         __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(room->total[r]));
-        for (long d = 0; d < kv->dim; d += LANES)
-            store(row, d, _mm512_mul_ps(_mm512_loadu_ps(room->sums + r * columns + d), share), 0xffff, kind == WIDE);
+        for (long d = 0; d < kv->dim; d += PANEL) {
+            const float *at = room->sums + r * columns + d;
+            __m512 sums[2] = {_mm512_mul_ps(_mm512_loadu_ps(at), share), _mm512_mul_ps(_mm512_loadu_ps(at + LANES), share)};
+            unzip(kind, sums);
+            store(row, d, sums[0], 0xffff, kind == WIDE);
+            store(row, d + LANES, sums[1], kv->dim - d > LANES ? 0xffff : 0, kind == WIDE);
+        }
     }
 }
 
@@ -257,9 +395,9 @@ static size_t divide(char *at, long rows, long dim, long longest, struct room *r
         void *piece;
         long words;
     } pieces[] = {
-        {&room->q, rows * dim},           {&room->weights, rows * KEYS},  {&room->keys, HEADS * (dim + LANES) * KEYS},
-        {&room->values, HEADS * columns * KEYS},  {&room->scores, rows * KEYS},   {&room->sums, rows * columns},
-        {&room->most, rows},              {&room->factor, rows + LANES},  {&room->total, rows * LANES},
+        {&room->q, rows * columns},      {&room->weights, rows * KEYS},    {&room->keys, (dim + LANES) * KEYS},
+        {&room->values, columns * KEYS}, {&room->scores, rows * KEYS},     {&room->sums, rows * columns},
+        {&room->most, rows},             {&room->factor, rows + LANES},    {&room->total, rows * LANES},
         {&room->places, 2 * (longest + PANEL + KEYS) / LANES},
     };
     size_t bytes = 0;

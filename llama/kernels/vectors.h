@@ -78,31 +78,29 @@ INLINE __m512 power_of_two(__m512 x) {
     return _mm512_scalef_ps(p, n);
 }
 
+/* Four vectors -> words 0, words 1, 2 and 3 of each four words: word 4 l + j of rows[i] goes to word 4 l + i of rows[j]. */
+INLINE void turn_words(__m512i rows[4]) {
+    __m512i a = _mm512_unpacklo_epi32(rows[0], rows[1]), b = _mm512_unpackhi_epi32(rows[0], rows[1]);
+    __m512i c = _mm512_unpacklo_epi32(rows[2], rows[3]), d = _mm512_unpackhi_epi32(rows[2], rows[3]);
+    rows[0] = _mm512_unpacklo_epi64(a, c), rows[1] = _mm512_unpackhi_epi64(a, c);
+    rows[2] = _mm512_unpacklo_epi64(b, d), rows[3] = _mm512_unpackhi_epi64(b, d);
+}
+
+/* Four vectors, every `apart`-th one -> the first four words of each, the second ones, the third, the last. */
+INLINE void turn_fours(__m512i *rows, const int apart) {
+    __m512i a = _mm512_shuffle_i32x4(rows[0], rows[apart], 0x44), b = _mm512_shuffle_i32x4(rows[0], rows[apart], 0xee);
+    __m512i c = _mm512_shuffle_i32x4(rows[2 * apart], rows[3 * apart], 0x44);
+    __m512i d = _mm512_shuffle_i32x4(rows[2 * apart], rows[3 * apart], 0xee);
+    rows[0] = _mm512_shuffle_i32x4(a, c, 0x88), rows[apart] = _mm512_shuffle_i32x4(a, c, 0xdd);
+    rows[2 * apart] = _mm512_shuffle_i32x4(b, d, 0x88), rows[3 * apart] = _mm512_shuffle_i32x4(b, d, 0xdd);
+}
+
 /* 16 rows of 16 words, turned in place: rows[c] becomes word c of every row. */
 INLINE void transpose(__m512i rows[16]) {
-    __m512i pair[16], four[16];
-#pragma GCC unroll 8
-    for (int r = 0; r < 16; r += 2) {
-        pair[r] = _mm512_unpacklo_epi32(rows[r], rows[r + 1]);
-        pair[r + 1] = _mm512_unpackhi_epi32(rows[r], rows[r + 1]);
-    }
 #pragma GCC unroll 4
-    for (int r = 0; r < 16; r += 4) /* lane l of four[r + j]: column 4 l + j of rows r .. r + 3 */
-#pragma GCC unroll 2
-        for (int j = 0; j < 2; j++) {
-            four[r + 2 * j] = _mm512_unpacklo_epi64(pair[r + j], pair[r + j + 2]);
-            four[r + 2 * j + 1] = _mm512_unpackhi_epi64(pair[r + j], pair[r + j + 2]);
-        }
+    for (int r = 0; r < 16; r += 4) turn_words(rows + r);
 #pragma GCC unroll 4
-    for (int j = 0; j < 4; j++) {
-        __m512i a = _mm512_shuffle_i32x4(four[j], four[4 + j], 0x44), b = _mm512_shuffle_i32x4(four[j], four[4 + j], 0xee);
-        __m512i c = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0x44);
-        __m512i d = _mm512_shuffle_i32x4(four[8 + j], four[12 + j], 0xee);
-        rows[j] = _mm512_shuffle_i32x4(a, c, 0x88);
-        rows[4 + j] = _mm512_shuffle_i32x4(a, c, 0xdd);
-        rows[8 + j] = _mm512_shuffle_i32x4(b, d, 0x88);
-        rows[12 + j] = _mm512_shuffle_i32x4(b, d, 0xdd);
-    }
+    for (int j = 0; j < 4; j++) turn_fours(rows + j, 4);
 }
 
 /* Scratch that grows and is kept: a step asks for the same sizes again and again. `held` starts out zeroed. */
