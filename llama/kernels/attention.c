@@ -11,28 +11,15 @@
  * positions, a score is the sum of CHAINS chains, each over every CHAINS-th word of a key, all other sums are one chain in
  * the order of positions, and what a row may not see adds zero, or multiplies by one.
  */
-#include "vectors.h"
+#include "lone.h"
 
 #include <math.h>
 #include <string.h>
 
-#define ROWS 96   /* of a task, about: what is laid out is read so many times, and all of it stays in the second cache */
-#define KEYS 64   /* of a block */
-#define CHAINS 4  /* of a score: a key that is read where it lies has four words in a lane of 128 bits */
-#define HEADS 4   /* KV heads at once where a token stands alone: they lie together, and are read as one piece */
-#define AHEAD 32  /* positions that are asked for early; at most KEYS */
-#define PANEL 32  /* keys or dimensions beside each other: two vectors */
-#define TILE 12   /* rows at once: 24 sums, which leaves registers for two vectors of a panel and an input */
-#define FEW 4     /* rows at once where a token stands alone */
-
-/* How elements are stored and multiplied. */
-enum kind { NARROW, WIDE, DOTS }; /* bf16 by fp32, fp32, bf16 by pairs */
-
-struct paged {
-    const char *keys, *values; /* of one KV head in page 0 */
-    const int32_t *table;
-    long page, step, dim, length, bytes; /* step: elements from a position to the next; length: that any row sees */
-};
+#define ROWS 96  /* of a task, about: what is laid out is read so many times, and all of it stays in the second cache */
+#define HEADS 4  /* KV heads at once where a token stands alone: they lie together, and are read as one piece */
+#define AHEAD 32 /* positions that are asked for early; at most KEYS */
+#define TILE 12  /* rows at once: 24 sums, which leaves registers for two vectors of a panel and an input */
 
 /* What a task keeps beside each other. Rows of q, weights and panels are of 32 bits: one fp32 or two bf16. */
 struct room {
@@ -42,133 +29,11 @@ struct room {
     long *places;                          /* where each 16 positions lie, in bytes; behind the last ones, these again */
 };
 
-INLINE long padded(long n) { return (n + PANEL - 1) / PANEL * PANEL; }
-
-INLINE __m512 multiply_add(const enum kind kind, __m512 sum, __m512i x, __m512i y) {
-    if (kind != DOTS) return _mm512_fmadd_ps(_mm512_castsi512_ps(x), _mm512_castsi512_ps(y), sum);
-    DOT_BF16(sum, x, y);
-    return sum;
-}
-
-/* 16 elements as 32 bits each, or 32 as pairs; mask: of these 16. */
-INLINE __m512i words(const enum kind kind, const char *at, __mmask16 mask) {
-    if (kind == DOTS) return _mm512_maskz_loadu_epi32(mask, at);
-    return _mm512_castps_si512(load(at, 0, mask, kind == WIDE));
-}
-
-/* The same, of a query or a key, in the order in which they are multiplied: of 8 bf16 those that are the lower halves of
- * words go first. */
-INLINE __m512i ordered(const enum kind kind, const char *at, __mmask16 mask) {
-    const __m512i halves = _mm512_setr_epi32(0, 2, 4, 6, 1, 3, 5, 7, 8, 10, 12, 14, 9, 11, 13, 15);
-    return kind == NARROW ? _mm512_permutexvar_epi32(halves, words(kind, at, mask)) : words(kind, at, mask);
-}
-
-/* 32 dimensions of one value, or of two that follow each other, zipped, which leaves dimensions in the order that
- * `unzip` ends; masks: of each 16 words that lie there. */
-INLINE void take(const enum kind kind, const char *at, long next, __mmask16 left, __mmask16 right, int second, __m512i out[2]) {
-    if (kind == DOTS) {
-        __m512i one = words(kind, at, left), other = words(kind, at + next, second ? left : 0);
-        out[0] = _mm512_unpacklo_epi16(one, other), out[1] = _mm512_unpackhi_epi16(one, other);
-    } else {
-        out[0] = words(kind, at, left), out[1] = words(kind, at + LANES * (kind == WIDE ? 4 : 2), right);
-    }
-}
-
-INLINE void unzip(const enum kind kind, __m512 sums[2]) {
-    if (kind != DOTS) return;
-    __m512 low = _mm512_shuffle_f32x4(sums[0], sums[1], 0x44), high = _mm512_shuffle_f32x4(sums[0], sums[1], 0xee);
-    sums[0] = _mm512_shuffle_f32x4(low, low, 0xd8), sums[1] = _mm512_shuffle_f32x4(high, high, 0xd8);
-}
-
 INLINE void find_places(const struct paged *kv, long size, long *places) {
     long n = 0, all = padded(kv->length) / LANES + KEYS / LANES, pages = (kv->length + kv->page - 1) / kv->page;
     for (long p = 0; p < pages; p++)
         for (long i = 0; i < kv->page && n < all; i += LANES) places[n++] = kv->table[p] * kv->bytes + i * kv->step * size;
     for (; n < all; n++) places[n] = places[n - 1];
-}
-
-/* Scores of 16 keys where they lie, for rows of q (rows, `width`), zeros behind D -> (rows, KEYS). Pages lie anywhere, which
- * no prefetcher guesses, so those that are `ahead` are asked for meanwhile. */
-INLINE void score(const int rows, const enum kind kind, const struct paged *kv, const char *at, long ahead, const uint32_t *q,
-                  long width, float *scores) {
-    const long next = kv->step * (kind == WIDE ? 4 : 2), count = kind == WIDE ? kv->dim : kv->dim / 2;
-    const __m512i high = _mm512_set1_epi32((int)0xffff0000);
-    __m512 sum[FEW][4];
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) sum[r][0] = sum[r][1] = sum[r][2] = sum[r][3] = _mm512_setzero_ps();
-    for (long i = 0; i < count; i += LANES, at += 64, q += kind == NARROW ? 2 * LANES : LANES)
-#pragma GCC unroll 4
-        for (int f = 0; f < 4; f++) { /* keys f, 4 + f, 8 + f and 12 + f, to a lane of 128 bits each */
-            __m512i four[4];
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                const char *key = at + (4 * j + f) * next;
-                _mm_prefetch(key + ahead, _MM_HINT_T1);
-                four[j] = _mm512_maskz_loadu_epi32(first(count - i), key);
-            }
-            turn_fours(four, 1);
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++)
-#pragma GCC unroll 4
-                for (int r = 0; r < rows; r++) {
-                    const __m128i *by = (const __m128i *)(q + r * width + 4 * j * (kind == NARROW ? 2 : 1));
-                    if (kind == NARROW) {
-                        sum[r][f] = multiply_add(kind, sum[r][f], _mm512_slli_epi32(four[j], 16),
-                                                 _mm512_broadcast_i32x4(_mm_loadu_si128(by)));
-                        sum[r][f] = multiply_add(kind, sum[r][f], _mm512_and_si512(four[j], high),
-                                                 _mm512_broadcast_i32x4(_mm_loadu_si128(by + 1)));
-                    } else {
-                        sum[r][f] = multiply_add(kind, sum[r][f], four[j], _mm512_broadcast_i32x4(_mm_loadu_si128(by)));
-                    }
-                }
-        }
-#pragma GCC unroll 4
-    for (int r = 0; r < rows; r++) {
-        __m512i chain[CHAINS];
-#pragma GCC unroll 4
-        for (int f = 0; f < 4; f++) chain[f] = _mm512_castps_si512(sum[r][f]);
-        turn_words(chain);
-        __m512 total = _mm512_castsi512_ps(chain[0]);
-#pragma GCC unroll 3
-        for (int j = 1; j < CHAINS; j++) total = _mm512_add_ps(total, _mm512_castsi512_ps(chain[j]));
-        _mm512_storeu_ps(scores + r * KEYS, total);
-    }
-}
-
-/* The first `count` of 16 values where they lie, times weights (rows, KEYS), added to what factors (rows,) leave of sums
- * (rows, columns). */
-INLINE void gather(const int rows, const enum kind kind, const struct paged *kv, const char *at, long ahead, long count,
-                   const uint32_t *weights, const float *factors, float *sums, long columns) {
-    const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1, next = kv->step * size;
-    for (long d = 0; d < kv->dim; d += PANEL, sums += PANEL) {
-        const __mmask16 left = first((kv->dim - d) / each), right = kv->dim - d > LANES ? 0xffff : 0;
-        const char *value = at + d * size;
-        __m512 sum[FEW][2];
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++)
-#pragma GCC unroll 2
-            for (int half = 0; half < 2; half++) {
-                sum[r][half] = _mm512_loadu_ps(sums + r * columns + half * LANES);
-                if (factors) sum[r][half] = _mm512_mul_ps(_mm512_set1_ps(factors[r]), sum[r][half]);
-            }
-        for (long i = 0; i < count; i += each, value += each * next) {
-            __m512i pair[2];
-            _mm_prefetch(value + ahead, _MM_HINT_T1);
-            if (kind == DOTS) _mm_prefetch(value + next + ahead, _MM_HINT_T1);
-            take(kind, value, next, left, right, i + 1 < count, pair);
-#pragma GCC unroll 4
-            for (int r = 0; r < rows; r++) {
-                __m512i weight = _mm512_set1_epi32((int)weights[(r * KEYS + i) / each]);
-                sum[r][0] = multiply_add(kind, sum[r][0], pair[0], weight);
-                sum[r][1] = multiply_add(kind, sum[r][1], pair[1], weight);
-            }
-        }
-#pragma GCC unroll 4
-        for (int r = 0; r < rows; r++) {
-            _mm512_storeu_ps(sums + r * columns, sum[r][0]);
-            _mm512_storeu_ps(sums + r * columns + LANES, sum[r][1]);
-        }
-    }
 }
 
 /* 16 keys -> their columns of a panel (width, 32), and perhaps of what is laid out next. */
@@ -309,14 +174,6 @@ INLINE void many(const enum kind kind, const struct paged *kv, const int32_t *le
     multiply(kind, rows, room->weights, KEYS / each, room->values, KEYS / each, count / each, columns, 1, room->factor,
              room->sums, columns);
 }
-
-#define BY_ROWS(call, rows, ...)          \
-    switch (rows) {                       \
-    case 1: call(1, __VA_ARGS__); break;  \
-    case 2: call(2, __VA_ARGS__); break;  \
-    case 3: call(3, __VA_ARGS__); break;  \
-    default: call(FEW, __VA_ARGS__);      \
-    }
 
 /* The same where they lie, for one token's rows of KV heads that lie beside each other, `shared` of each. */
 INLINE void alone(const enum kind kind, const struct paged *kv, long rows, long shared, long from, float scale,
