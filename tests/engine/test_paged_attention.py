@@ -68,7 +68,7 @@ def test_a_long_text_whole_and_in_pieces(dtype, tolerance, heads, kv_heads, dim)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(9, 3, 64), (6, 6, 48), (9, 1, 16), (4, 2, 80), (4, 2, 128)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_tokens_that_stand_alone_are_those_of_a_long_text(dtype, heads, kv_heads, dim):
-    """A request that was put back is computed again as a prefill: to the last bit what decoding gave."""
+    """A preempted request is computed again as a prefill: to the last bit what decoding gave."""
     generator = torch.Generator().manual_seed(1)
     q, k, v = (torch.randn(190, n, dim, generator=generator).to(dtype) for n in (heads, kv_heads, kv_heads))
     whole = NativeAttention(pages(dtype, heads, kv_heads, dim), [LONG], ours)(0, q, k, v)
