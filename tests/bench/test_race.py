@@ -45,17 +45,12 @@ def fake_contestant(name, checkpoint, folder):
     """A fake server to which the prompts are uploaded as to ours."""
     names = soft_prompts.write_prompts(checkpoint, folder, count=2, rows=3)
     upload = functools.partial(soft_prompts.upload, folder=folder, names=names)
-    code = f"""import os, sys
-from pathlib import Path
-held = Path({str(folder / name)!r} + sys.argv[2])
-held.mkdir()  # as a store that one server holds
-sys.argv = sys.argv[:2]
-try:
-    exec(open({str(FAKE_SERVER)!r}).read())
-finally:
-    held.rmdir()
+    code = f"""import fcntl, sys
+held = open({str(folder / name)!r} + sys.argv.pop(), "w")
+fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)  # as a store, which one server holds
+exec(open({str(FAKE_SERVER)!r}).read())
 """
-    command = [sys.executable, "-c", code, "{port}", "again{again}"]
+    command = [sys.executable, "-c", code, "{port}", ".store{again}"]
     return Contestant(name, "bf16", command, forms.named("base"), {"NOTHING": "1"}, upload, UPLOADS, lambda url: 1e6)
 
 
