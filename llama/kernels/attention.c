@@ -175,14 +175,30 @@ INLINE void many(const enum kind kind, const struct paged *kv, const int32_t *le
              room->sums, columns);
 }
 
+/* A token alone reads keys of a block, its values, keys of the next one: from the i-th key (or value) of a block on, how far
+ * away lies what is read AHEAD positions later. Only so does nothing but the start of a task wait for memory. */
+INLINE long later(const struct paged *kv, const struct room *room, long from, long i, long block, int values) {
+    const int turn = i + AHEAD >= block; /* to the other store */
+    const long then = from + i + AHEAD - (turn && !values ? block : 0), across = kv->values - kv->keys;
+    return room->places[then / LANES] - room->places[(from + i) / LANES] + (turn ? (values ? -across : across) : 0);
+}
+
+/* The keys with which such a task starts, at once. */
+INLINE void ask(const struct paged *kv, const struct room *room, long heads, long size) {
+    for (long i = 0; i < AHEAD && i < kv->length; i++)
+        for (long byte = 0; byte < heads * kv->dim * size; byte += 64)
+            _mm_prefetch(kv->keys + room->places[i / LANES] + i % LANES * kv->step * size + byte, _MM_HINT_T1);
+}
+
 /* The same where they lie, for one token's rows of KV heads that lie beside each other, `shared` of each. */
 INLINE void alone(const enum kind kind, const struct paged *kv, long rows, long shared, long from, float scale,
                   const struct room *room) {
     const long size = kind == WIDE ? 4 : 2, each = kind == DOTS ? 2 : 1;
     const long width = padded(kv->dim / each), columns = padded(kv->dim), seen = kv->length - from;
+    const long block = seen < KEYS ? (seen + LANES - 1) / LANES * LANES : KEYS;
     const int32_t length = kv->length;
-    for (long i = 0; i < KEYS && i < seen; i += LANES) {
-        const long here = room->places[(from + i) / LANES], ahead = room->places[(from + i + AHEAD) / LANES] - here;
+    for (long i = 0; i < block; i += LANES) {
+        const long here = room->places[(from + i) / LANES], ahead = later(kv, room, from, i, block, 0);
         for (long r = 0, few; r < rows; r += few) {
             few = shared - r % shared < FEW ? shared - r % shared : FEW;
             BY_ROWS(score, few, kind, kv, kv->keys + here + r / shared * kv->dim * size, ahead, room->q + r * width, width,
@@ -191,8 +207,8 @@ INLINE void alone(const enum kind kind, const struct paged *kv, long rows, long 
     }
     find_most(room, &length, rows, rows, from, scale);
     for (long r = 0; r < rows; r++) weigh(kind, room, r, seen, seen < KEYS ? padded(seen) : KEYS, scale);
-    for (long i = 0; i < KEYS && i < seen; i += LANES) {
-        const long here = room->places[(from + i) / LANES], ahead = room->places[(from + i + AHEAD) / LANES] - here;
+    for (long i = 0; i < block; i += LANES) {
+        const long here = room->places[(from + i) / LANES], ahead = later(kv, room, from, i, block, 1);
         for (long r = 0, few; r < rows; r += few) {
             few = shared - r % shared < FEW ? shared - r % shared : FEW;
             BY_ROWS(gather, few, kind, kv, kv->values + here + r / shared * kv->dim * size, ahead,
@@ -210,6 +226,7 @@ INLINE void look(const enum kind kind, const struct paged *kv, const int32_t *le
     const long rows = tokens * of, width = kv->dim / each, stride = padded(width), columns = padded(kv->dim);
     scale *= LOG2E;
     find_places(kv, size, room->places);
+    if (tokens == 1) ask(kv, room, heads, size);
     for (long r = 0; r < rows; r++) {
         const char *row = q + (r / of * q_stride + r % of * kv->dim) * size;
         for (long i = 0; i < stride; i += LANES) {
