@@ -98,6 +98,8 @@ def main(
     """Race ours against the peers."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that no server outlives the race
     checkpoint, console = checkpoint.absolute(), Console(stderr=json_)
+    if not console.is_terminal:
+        console.width = 220  # whole lines for whoever reads the log
     try:
         plan = Plan.read(only=[line for line in only.split(",") if line])
     except ValueError as error:

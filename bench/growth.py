@@ -17,7 +17,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -97,7 +97,7 @@ class Growth:
                     url, (count, rows) = up[contestant.name].url, axis.prompts(x)
                     names = self._upload(url, count, rows) if count else (None,)
                     if axis.name == "versions":
-                        _fill(store, names[0], x)
+                        fill(store, names[0], x)
                     shape = replace(axis.workload(x), prompts=names)
                     for seed in (2 * i, 2 * i + 1):
                         jobs = replace(shape, seed=seed).jobs(self.tokenizer)
@@ -111,8 +111,13 @@ class Growth:
         return names
 
 
-def _fill(store: Path, task: str | None, versions: int) -> None:
-    """Copies of a task's version under other tasks, written into the registry's database beside its server."""
+def report(points: Sequence[Point]) -> dict[str, Any]:
+    """As JSON."""
+    return {"machine": describe(), "shape": asdict(SHAPE), "points": [asdict(p) for p in points]}
+
+
+def fill(store: Path, task: str | None, versions: int) -> None:
+    """So many copies of a task's version under other tasks, written into the registry's database beside its server."""
     columns = "namespace, version, level, digest, live, weights, train, created, golden, uploaded_at, uploaded_by"
     with contextlib.closing(sqlite3.connect(store / "store.db", timeout=60)) as database, database:
         database.execute(
@@ -147,8 +152,7 @@ def main(
                 for point in growth.measure(axis, taking, store / mine[1].name):
                     points.append(point)
                     console.print(f"{axis.label} {point.x}, {point.contestant}: {point.figures.headline()}")
-                    told = {"machine": describe(), "shape": asdict(SHAPE), "points": [asdict(p) for p in points]}
-                    out.write_text(json.dumps(told, indent=2) + "\n")
+                    out.write_text(json.dumps(report(points), indent=2) + "\n")
     finally:
         shutil.rmtree(store, ignore_errors=True)
     raise typer.Exit(any(point.figures.errors for point in points))

@@ -67,7 +67,7 @@ async def _drive(
     if not pace.uploads:
         return await drive(target, bodies, pace.concurrency, key, answered), {}
     path, prompt = upload
-    async with uploading(f"{url}{path}", pace.uploads, prompt, key) as wrong:
+    async with uploading(f"{url}{path}", pace.uploads, prompt, key, pace.seed) as wrong:
         recordings = await drive(target, bodies, pace.concurrency, key, answered)
     return recordings, wrong
 

@@ -8,6 +8,7 @@ No figure is typed in. Knows those files; measures nothing.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,20 +43,21 @@ Report = Mapping[str, Any]
 def race(told: Report) -> Iterator[str]:
     """The claims, the medians, and what a reader needs to repeat them."""
     rounds = 1 + max(m["round"] for m in told["measured"])
-    yield f"\n## The race\n\n{_machine(told['machine'])}, {rounds} rounds.\n"
+    lines = ", ".join(dict.fromkeys(v["line"] for v in told["verdicts"]))
+    yield f"\n## The race: {lines}\n\n{_machine(told['machine'])}, {rounds} rounds.\n"
     heads = ("line", "claim", "ours", "beside", "must be", "aim", "median", "lowest", "highest", "")
     ends = {None: "not measured", True: "ok", False: "**missed**"}
     yield _table(
         heads,
         [
-            (v["line"], v["what"], v["ours"], v["peer"], v["bound"], *map(_short, _spread(v)), ends[v["ok"]])
+            (v["line"], v["what"], v["ours"], v["peer"], v["bound"], *map(short, _spread(v)), ends[v["ok"]])
             for v in told["verdicts"]
         ],
     )
     yield "\n### Medians\n"
     order = [load["name"] for load in told["loads"]]
     rows = sorted(told["medians"], key=lambda row: order.index(row["load"]))
-    cells = [(row["load"], row["contestant"], *(_short(row.get(name)) for name in FIGURES)) for row in rows]
+    cells = [(row["load"], row["contestant"], *(short(row.get(name)) for name in FIGURES)) for row in rows]
     yield _table(("load", "contestant", *FIGURES.values()), cells)
     failed = [m for m in told["measured"] if m["figures"]["errors"]]
     wrong = [f"{m['contestant']}, {m['load']}: {m['figures']['errors']}" for m in failed]
@@ -80,7 +82,7 @@ def growth(told: Report, folder: Path) -> Iterator[str]:
         yield _table(
             heads,
             [
-                (f"{x:,}", *(_short(found.get((x, name), {}).get(figure)) for name in names for figure, _ in PLOTTED))
+                (f"{x:,}", *(short(found.get((x, name), {}).get(figure)) for name in names for figure, _ in PLOTTED))
                 for x in dict.fromkeys(point["x"] for point in points)
             ],
         )
@@ -103,7 +105,8 @@ def _spread(verdict: Report) -> Iterator[Any]:
     return (verdict[name] for name in ("aim", "median", "low", "high"))
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A figure with three digits that count."""
     return "" if value is None else f"{value:.3g}" if abs(value) < 100 else f"{value:,.0f}"
 
 
@@ -113,8 +116,8 @@ def _machine(machine: Report) -> str:
 
 
 def _relative(command: str) -> str:
-    """Without the folder that it ran in."""
-    return command.replace(f"{Path.cwd()}/", "")
+    """Without the folders that it ran in."""
+    return re.sub(r"\S*/race-\w+/", "STORE/", command.replace(f"{Path.cwd()}/", "")).replace("{again}", "")
 
 
 def main(
@@ -122,6 +125,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for performance.md and performance/*.svg.")] = Path("docs"),
 ) -> None:
     """Write the page."""
+    out.mkdir(parents=True, exist_ok=True)
     parts = [HEAD]
     for file in files:
         told = json.loads(file.read_text(encoding="utf-8"))

@@ -15,26 +15,34 @@ import httpx
 
 
 @contextlib.asynccontextmanager
-async def uploading(url: str, rate: float, prompt: bytes, key: str | None = None) -> AsyncIterator[Counter[str]]:
-    """`rate` POSTs a second to `url` of `prompt`, a safetensors file whose last number, in fp32, is another each time.
+async def uploading(
+    url: str, rate: float, prompt: bytes, key: str | None = None, seed: int = 0
+) -> AsyncIterator[Counter[str]]:
+    """`rate` POSTs a second to `url` of `prompt`, a safetensors file in fp32 whose last two numbers, by less than a
+    percent, are others each time, and others for another seed.
 
     Gives what went wrong so far, and how often; ends what is under way with the block.
     """
     wrong: Counter[str] = Counter()
     headers = {"content-type": "application/octet-stream"} | ({"authorization": f"Bearer {key}"} if key else {})
     async with httpx.AsyncClient(headers=headers, timeout=60, trust_env=False) as client, asyncio.TaskGroup() as tasks:
-        clock = tasks.create_task(_by_the_clock(client, url, rate, prompt, wrong, tasks))
+        clock = tasks.create_task(_by_the_clock(client, url, rate, (prompt, seed), wrong, tasks))
         yield wrong
         clock.cancel()
 
 
 async def _by_the_clock(
-    client: httpx.AsyncClient, url: str, rate: float, prompt: bytes, wrong: Counter[str], tasks: asyncio.TaskGroup
+    client: httpx.AsyncClient,
+    url: str,
+    rate: float,
+    what: tuple[bytes, int],
+    wrong: Counter[str],
+    tasks: asyncio.TaskGroup,
 ) -> None:
     start = asyncio.get_running_loop().time()
     for number in count():
         await asyncio.sleep(start + number / rate - asyncio.get_running_loop().time())
-        tasks.create_task(_upload(client, url, _variant(prompt, number), wrong))
+        tasks.create_task(_upload(client, url, _variant(*what, number), wrong))
 
 
 async def _upload(client: httpx.AsyncClient, url: str, body: bytes, wrong: Counter[str]) -> None:
@@ -47,6 +55,6 @@ async def _upload(client: httpx.AsyncClient, url: str, body: bytes, wrong: Count
         wrong[f"upload: http {status}"] += 1
 
 
-def _variant(prompt: bytes, number: int) -> bytes:
-    """Other bytes in the two lowest of the last fp32 number, which change it by less than a percent."""
-    return prompt[:-4] + number.to_bytes(2, "little") + prompt[-2:]
+def _variant(prompt: bytes, seed: int, number: int) -> bytes:
+    """Other bytes in the lower halves of the last two fp32 numbers."""
+    return b"".join((prompt[:-8], seed.to_bytes(2, "little"), prompt[-6:-4], number.to_bytes(2, "little"), prompt[-2:]))

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from bench import forms, lineup, machine, peers, soft_prompts
+from bench import forms, lineup, machine, page, peers, soft_prompts
 from bench.__main__ import figures_table, report, verdict_table
 from bench.plan import Claim, Load, Plan
 from bench.race import Measured, Race
@@ -91,6 +91,10 @@ def test_rounds_take_turns_and_leave_no_process(checkpoint, tmp_path):
     assert told["contestants"][0]["command"].startswith("NOTHING=1 ")
     assert len(told["measured"]) == len(rows)
     assert [verdict["peer"] for verdict in told["verdicts"]] == ["vllm"] * 4 + ["", "vllm"]
+    text = "\n".join(page.race(told))
+    assert "| W | what | ours | vllm | >= 2 |" in text
+    assert "Errors: none." in text
+    assert "{again}" not in text
     console = Console(width=200, record=True, quiet=True)
     console.print(figures_table(rows), verdict_table(judge(rows, claims)))
 
