@@ -83,7 +83,9 @@ def _calls(jobs: Sequence[Job], form: Form, pace: Pace, stream: bool) -> list[Ca
     return calls
 
 
-def first_tokens(url: str, jobs: Sequence[Job], form: Form, *, key: str | None = None) -> FirstToken:
+def first_tokens(
+    url: str, jobs: Sequence[Job], form: Form, *, key: str | None = None, answered: Callable[[], None] = unheard
+) -> FirstToken:
     """Ask each job's text with its prompt and without, one at a time, in turns first and second.
 
     Every prompt is used once before, so that it is warm; no text is sent twice in the same form.
@@ -95,7 +97,7 @@ def first_tokens(url: str, jobs: Sequence[Job], form: Form, *, key: str | None =
         ours += [job, replace(job, prompt=None)][:: 1 if i % 2 else -1]
     bodies = [_body(form, replace(job, max_tokens=tokens), stream=True) for job in warm_up + ours]
     before = time.process_time()
-    recordings = asyncio.run(drive(f"{url}/v1/completions", bodies, 1, key))[len(warm_up) :]
+    recordings = asyncio.run(drive(f"{url}/v1/completions", bodies, 1, key, answered))[len(warm_up) :]
     return compare_first_tokens(_pairs(recordings, ours), tokens, time.process_time() - before)
 
 

@@ -9,8 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-STYLE = {"svg.hashsalt": "promptstitch", "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 9}
-NO_METADATA = {"Creator": None, "Date": None, "Format": None, "Type": None}
+from lab.report.plots import NO_METADATA, STYLE
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,6 +28,10 @@ COLUMNS = (
     "itl_p50",
     "errors",
 )
+ONE_BY_ONE = (
+    "--ttft asks one at a time for two tokens: leave --concurrency, --rate, --zipf, --max-tokens, --least-tokens and "
+    "--no-stream out"
+)
 Model = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="Checkpoint folder or pulled name: its tokenizer measures the texts.")
 ]
@@ -39,7 +43,9 @@ FormName = Annotated[
     typer.Option(help="A prompt is asked for by `model`, as a cached text of 64 tokens, or as vectors in the request."),
 ]
 PromptDir = Annotated[Path | None, typer.Option(metavar="DIR", help="For embeds: {prompt}.safetensors of each.")]
-Concurrency = Annotated[str, typer.Option(metavar="N,N,…", help="Requests at a time; several are measured in turn.")]
+Concurrency = Annotated[
+    str | None, typer.Option(metavar="N,N,…", help="Requests at a time; several are measured in turn.  [32]")
+]
 Rate = Annotated[float | None, typer.Option(help="Requests a second by the clock (Poisson), not --concurrency.")]
 HangUp = Annotated[float, typer.Option(min=0.0, max=1.0, help="With --rate: share of clients that leave midway.")]
 Zipf = Annotated[float, typer.Option(help="Prompts by rank r with probability ~ 1 / r^ZIPF, not in turns.")]
@@ -57,10 +63,10 @@ def bench(
     form: FormName = "named",
     prompt_dir: PromptDir = None,
     requests: int = 96,
-    concurrency: Concurrency = "32",
+    concurrency: Concurrency = None,
     rate: Rate = None,
     hang_up: HangUp = 0.0,
-    max_tokens: int = 64,
+    max_tokens: Annotated[int | None, typer.Option(help="Of each answer.  [64]")] = None,
     least_tokens: Annotated[int | None, typer.Option(help="Answers of so many to --max-tokens tokens.")] = None,
     shortest: Annotated[int, typer.Option(help="Tokens of the shortest text.")] = 32,
     longest: Annotated[int, typer.Option(help="Tokens of the longest text.")] = 128,
@@ -81,22 +87,24 @@ def bench(
     from bench.workload import Workload
     from cli.model import find_model
 
-    several = [int(each) for each in concurrency.split(",") if each.isdigit() and int(each)]
-    if len(several) != len(concurrency.split(",")):
-        raise CommandError(f"--concurrency {concurrency}: give whole numbers above 0, with commas between", usage=True)
-    if hang_up and rate is None:
-        raise CommandError("--hang-up is for a load by the clock: give --rate", usage=True)
-    if ttft and not prompts:
-        raise CommandError("--ttft compares with a prompt: give --prompts", usage=True)
-    if plot and (ttft or rate is not None):
-        raise CommandError("--plot draws what --concurrency changes: leave --rate and --ttft out", usage=True)
+    wrong = (
+        (hang_up and rate is None, "--hang-up is for a load by the clock: give --rate"),
+        (concurrency and rate is not None, "--rate goes by the clock: leave --concurrency out"),
+        (ttft and not prompts, "--ttft compares with a prompt: give --prompts"),
+        (zipf and not prompts, "--zipf is about prompts: give --prompts"),
+        (ttft and (concurrency or rate or zipf or max_tokens or least_tokens or not stream), ONE_BY_ONE),
+        (plot and (ttft or rate), "--plot draws what --concurrency changes: leave --rate and --ttft out"),
+        (prompt_dir and form != "embeds", "--prompt-dir is for --form embeds"),
+    )
+    for fault in (message for holds, message in wrong if holds):
+        raise CommandError(fault, usage=True)
     folder = find_model(checkpoint)
     names: tuple[str | None, ...] = tuple(prompts.split(",")) if prompts else (None,)
-    shape = Workload(requests, 1, max_tokens, least_tokens, shortest, longest, names, zipf, seed)
+    shape = Workload(requests, 1, max_tokens or 64, least_tokens, shortest, longest, names, zipf, seed)
     target = _Target(url, key, _form(form, model or checkpoint, folder, prompt_dir), folder, corpus, stream, ttft)
     rows = [
         _measured(target, replace(shape, seed=seed + i), Pace(many, rate, hang_up, seed=seed), as_json)
-        for i, many in enumerate(several if rate is None else several[:1])
+        for i, many in enumerate(_numbers(concurrency or "32"))
     ]
     if len(rows) > 1:
         tell_list(rows, COLUMNS, as_json, "nothing was measured")
@@ -105,6 +113,13 @@ def bench(
     if plot:
         _draw(plot, rows)
     raise typer.Exit(any(row["errors"] for row in rows))
+
+
+def _numbers(several: str) -> list[int]:
+    numbers = [int(each) for each in several.split(",") if each.isdigit() and int(each)]
+    if len(numbers) != len(several.split(",")):
+        raise CommandError(f"--concurrency {several}: give whole numbers above 0, with commas between", usage=True)
+    return numbers
 
 
 @dataclass(frozen=True)
@@ -130,11 +145,13 @@ def _measured(target: _Target, shape: Workload, pace: Pace, quiet: bool) -> dict
     except ValueError as error:
         raise CommandError(f"{error} (--corpus)") from error
     with progress(quiet=quiet) as report:
-        answered = partial(_answered, report, f"{pace.concurrency} at a time", count(1), len(jobs))
         if target.ttft:
-            return first_tokens(target.url, jobs, target.form, key=target.key).as_json()
+            answered = partial(_answered, report, "first tokens", count(1), 2 * len(jobs))
+            return first_tokens(target.url, jobs, target.form, key=target.key, answered=answered).as_json()
+        sent = {"concurrency": pace.concurrency} if pace.rate is None else {"rate": pace.rate}
+        answered = partial(_answered, report, ", ".join(f"{name} {x}" for name, x in sent.items()), count(1), len(jobs))
         figures = run(target.url, jobs, target.form, pace, stream=target.stream, key=target.key, answered=answered)
-    return {"concurrency": pace.concurrency} | figures.as_json()
+    return sent | figures.as_json()
 
 
 def _answered(report: Report, step: str, done: Iterator[int], total: int) -> None:

@@ -152,6 +152,12 @@ def test_command_line_prints_the_figures_and_fails_on_errors(fake, checkpoint, t
     assert "--rate" in bench("--hang-up", "0.1").output
     assert "--prompts" in bench("--ttft").output
     assert "whole numbers" in bench("--concurrency", "1,many").output
+    assert "leave --concurrency out" in bench("--rate", "9", "--concurrency", "4").output
+    assert "one at a time" in bench("--ttft", "--prompts", "a", "--no-stream").output
+    assert "--form embeds" in bench("--prompt-dir", str(tmp_path)).output
+    by_the_clock = json.loads(bench("--rate", "50", "--json").stdout)
+    assert by_the_clock["rate"] == 50
+    assert "concurrency" not in by_the_clock
 
 
 def test_command_line_measures_several_numbers_at_a_time_and_draws_them(fake, checkpoint, tmp_path):
