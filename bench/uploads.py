@@ -1,17 +1,22 @@
 """A steady stream of uploads beside a load: versions of one task, each with other bytes, so that none is known already.
 
-Knows the registry's upload; knows no load.
+Plain sockets in threads, since a client on the server's own cores must cost little. Knows the registry's upload; knows
+no load.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections import Counter
+import http.client
+from collections import Counter, deque
 from collections.abc import AsyncIterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import count
+from urllib.parse import urlsplit
 
-import httpx
+CONNECTIONS = 16  # uploads under way at once; beyond them the clock's uploads wait for one another
+PATIENCE = 60.0
 
 
 @contextlib.asynccontextmanager
@@ -21,38 +26,55 @@ async def uploading(
     """`rate` POSTs a second to `url` of `prompt`, a safetensors file in fp32 whose last two numbers, by less than a
     percent, are others each time, and others for another seed.
 
-    Gives what went wrong so far, and how often; ends what is under way with the block.
+    Gives what went wrong and how often, which is complete when the block has ended, and with it what was under way.
     """
     wrong: Counter[str] = Counter()
     headers = {"content-type": "application/octet-stream"} | ({"authorization": f"Bearer {key}"} if key else {})
-    async with httpx.AsyncClient(headers=headers, timeout=60, trust_env=False) as client, asyncio.TaskGroup() as tasks:
-        clock = tasks.create_task(_by_the_clock(client, url, rate, (prompt, seed), wrong, tasks))
-        yield wrong
-        clock.cancel()
+    sent: list[Future[str | None]] = []
+    with contextlib.closing(_Client(url, headers)) as client, ThreadPoolExecutor(CONNECTIONS) as pool:
+
+        async def by_the_clock() -> None:
+            start = asyncio.get_running_loop().time()
+            for number in count():
+                await asyncio.sleep(start + number / rate - asyncio.get_running_loop().time())
+                sent.append(pool.submit(client.post, _variant(prompt, seed, number)))
+
+        clock = asyncio.create_task(by_the_clock())
+        try:
+            yield wrong
+        finally:
+            clock.cancel()
+    wrong.update(error for future in sent if (error := future.result()) is not None)
 
 
-async def _by_the_clock(
-    client: httpx.AsyncClient,
-    url: str,
-    rate: float,
-    what: tuple[bytes, int],
-    wrong: Counter[str],
-    tasks: asyncio.TaskGroup,
-) -> None:
-    start = asyncio.get_running_loop().time()
-    for number in count():
-        await asyncio.sleep(start + number / rate - asyncio.get_running_loop().time())
-        tasks.create_task(_upload(client, url, _variant(*what, number), wrong))
+class _Client:
+    """Uploads over connections that are kept. Thread-safe."""
 
+    def __init__(self, url: str, headers: dict[str, str]) -> None:
+        parts = urlsplit(url)
+        self._host, self._path = parts.netloc, f"{parts.path}?{parts.query}" if parts.query else parts.path
+        self._headers = headers
+        self._idle: deque[http.client.HTTPConnection] = deque()
 
-async def _upload(client: httpx.AsyncClient, url: str, body: bytes, wrong: Counter[str]) -> None:
-    try:
-        status = (await client.post(url, content=body)).status_code
-    except httpx.HTTPError as error:
-        wrong[f"upload: {type(error).__name__}"] += 1
-        return
-    if status != 201:
-        wrong[f"upload: http {status}"] += 1
+    def post(self, body: bytes) -> str | None:
+        """What went wrong."""
+        try:
+            connection = self._idle.pop()
+        except IndexError:
+            connection = http.client.HTTPConnection(self._host, timeout=PATIENCE)
+        try:
+            connection.request("POST", self._path, body, self._headers)
+            response = connection.getresponse()
+            response.read()
+        except (OSError, http.client.HTTPException) as error:
+            connection.close()
+            return f"upload: {type(error).__name__}"
+        self._idle.append(connection)
+        return None if response.status == 201 else f"upload: http {response.status}"
+
+    def close(self) -> None:
+        for connection in self._idle:
+            connection.close()
 
 
 def _variant(prompt: bytes, seed: int, number: int) -> bytes:

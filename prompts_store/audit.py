@@ -7,7 +7,7 @@ from typing import cast
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from prompts_store.database import Repository
+from prompts_store.database import Repository, insert
 from prompts_store.paging import number, page
 from prompts_store.records import Action, Actor, AuditEntry, Page
 from prompts_store.tables import AuditRow
@@ -38,9 +38,7 @@ class AuditLog(Repository):
             before=before,
             after=after,
         )
-        session.add(row)
-        session.flush()
-        return row.id
+        return int(insert(session, row)[0])
 
 
 def _entry(row: AuditRow) -> AuditEntry:

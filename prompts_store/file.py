@@ -213,10 +213,10 @@ def _tensor(spec: TensorSpec, data: bytearray, served: ServedDtype | None) -> to
     dtype = _DTYPES[spec.dtype]
     count = (spec.stop - spec.start) // dtype.itemsize
     tensor = torch.frombuffer(data, dtype=dtype, count=count, offset=spec.start).to(torch.float32).view(spec.shape)
+    extremes = torch.stack(tensor.aminmax())  # NaN, if there is one; and rounding keeps the order
     for cast in (torch.float32, getattr(torch, served or "float32")):
-        finite = torch.isfinite(tensor.to(cast))
-        if not finite.all():
-            where = (~finite).nonzero()[0].tolist()
+        if not extremes.to(cast).isfinite().all():
+            where = (~torch.isfinite(tensor.to(cast))).nonzero()[0].tolist()
             message = f"{spec.name}{where} is not finite as {str(cast).removeprefix('torch.')}"
             raise InvalidArtifact("non_finite", message, spec.name)
     return tensor

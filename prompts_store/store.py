@@ -17,7 +17,7 @@ from prompts_store import catalogue
 from prompts_store.aliases import Aliases, names_of
 from prompts_store.audit import AuditLog
 from prompts_store.blobs import Blobs, LocalBlobs
-from prompts_store.database import Clock, Database, utc_now
+from prompts_store.database import Clock, Database, insert, utc_now
 from prompts_store.errors import Conflict, CorruptBlob, Gone, InvalidArtifact, NotFound, StoreError
 from prompts_store.file import PromptFile, Provenance, encode_prompt, read_prompt
 from prompts_store.idempotency import Idempotency
@@ -29,7 +29,7 @@ from prompts_store.records import LOCAL, Actor, StoreStats, Version
 from prompts_store.reference import check_task
 from prompts_store.resolution import Query, Resolution, Served, resolve
 from prompts_store.tables import PromptRow, VersionRow
-from prompts_store.versions import Versions, as_version, find_live, live_row, next_number
+from prompts_store.versions import Versions, as_version, find_live, is_known, live_row, next_number
 
 SEEDER = Actor("seed")
 _LIVE = PromptRow.versions.any(VersionRow.live == 1)
@@ -105,21 +105,7 @@ class PromptStore:
         with self._database.write() as session:  # held over both, so that no delete takes the bytes away in between
             blob = self._blobs.put(data)  # also where the version exists: it heals damaged bytes
             if (existing := find_live(session, self.namespace, task, level, prompt.digest)) is not None:
-                return as_version(existing), False
-            session.merge(
-                PromptRow(
-                    namespace=self.namespace,
-                    digest=prompt.digest,
-                    kind=prompt.kind,
-                    base=prompt.base,
-                    shape=list(prompt.shape),
-                    bos=prompt.bos,
-                    chat_template=prompt.chat_template,
-                    blob=blob,
-                    size=len(data),
-                )
-            )
-            session.flush()
+                return as_version(live_row(session, self.namespace, task, existing)), False
             row = VersionRow(
                 namespace=self.namespace,
                 task=task,
@@ -133,10 +119,22 @@ class PromptStore:
                 golden=None if origin.golden is None else origin.golden.text(),
                 uploaded_at=self.versions.now(),
                 uploaded_by=by.name,
+                prompt=PromptRow(
+                    namespace=self.namespace,
+                    digest=prompt.digest,
+                    kind=prompt.kind,
+                    base=prompt.base,
+                    shape=list(prompt.shape),
+                    bos=prompt.bos,
+                    chat_template=prompt.chat_template,
+                    blob=blob,
+                    size=len(data),
+                ),
             )
-            session.add(row)
+            if not is_known(session, self.namespace, prompt.digest):
+                insert(session, row.prompt)
+            insert(session, row)
             self.audit.write(session, by, "version.create", f"{task}@{row.version}", None, prompt.digest)
-            session.refresh(row)
             return as_version(row), True
 
     def delete(self, task: str, version: int, *, by: Actor = LOCAL) -> None:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import cast
 
-from sqlalchemy import ColumnElement, Row, func, select
+from sqlalchemy import ColumnElement, Row, bindparam, func, select
 from sqlalchemy.orm import Session
 
 from prompts_store.database import Repository
@@ -18,6 +18,21 @@ from prompts_store.records import Page, TaskSummary, Version
 from prompts_store.tables import PromptRow, VersionRow
 
 _Group = Row[str, str, str, int, int, str]  # task, level, base, count, latest, newest
+
+# Of a push, which goes on beside the tokens: built once, and read without objects.
+_SAME = select(VersionRow.version).where(
+    VersionRow.namespace == bindparam("namespace"),
+    VersionRow.task == bindparam("task"),
+    VersionRow.level == bindparam("level"),
+    VersionRow.digest == bindparam("digest"),
+    VersionRow.live == 1,
+)
+_KNOWN = select(PromptRow.size).where(
+    PromptRow.namespace == bindparam("namespace"), PromptRow.digest == bindparam("digest")
+)
+_HIGHEST = select(func.max(VersionRow.version)).where(
+    VersionRow.namespace == bindparam("namespace"), VersionRow.task == bindparam("task")
+)
 
 
 class Versions(Repository):
@@ -81,23 +96,21 @@ def live_row(session: Session, namespace: str, task: str, version: int) -> Versi
     return row
 
 
-def find_live(session: Session, namespace: str, task: str, level: str, digest: str) -> VersionRow | None:
-    """The one live version of this prompt under (task, level)."""
-    return session.scalars(
-        select(VersionRow).where(
-            VersionRow.namespace == namespace,
-            VersionRow.task == task,
-            VersionRow.level == level,
-            VersionRow.digest == digest,
-            VersionRow.live == 1,
-        )
-    ).one_or_none()
+def find_live(session: Session, namespace: str, task: str, level: str, digest: str) -> int | None:
+    """The number of the one live version of this prompt under (task, level)."""
+    given = {"namespace": namespace, "task": task, "level": level, "digest": digest}
+    return session.connection().execute(_SAME, given).scalar_one_or_none()
+
+
+def is_known(session: Session, namespace: str, digest: str) -> bool:
+    """Whether a version, live or not, ever held this prompt."""
+    return session.connection().execute(_KNOWN, {"namespace": namespace, "digest": digest}).first() is not None
 
 
 def next_number(session: Session, namespace: str, task: str) -> int:
     """One more than the task ever had: tombstones count."""
-    highest = select(func.max(VersionRow.version)).where(VersionRow.namespace == namespace, VersionRow.task == task)
-    return (session.scalars(highest).one() or 0) + 1
+    highest: int | None = session.connection().execute(_HIGHEST, {"namespace": namespace, "task": task}).scalar_one()
+    return (highest or 0) + 1
 
 
 def check_seen(session: Session, namespace: str, task: str) -> None:

@@ -90,10 +90,10 @@ class PromptFinder:
 
     async def resolve(self, query: Query, info: EngineInfo) -> Resolved:
         """The version that answers, without its rows; from memory while nothing has changed. Raises StoreError."""
-        known = self._resolved.get(query)
-        if known and known.epoch == self._registry.epoch and (self._registry.alone or time.monotonic() < known.until):
+        known, epoch = self._resolved.get(query), self._registry.epoch(query.reference.task)
+        if known and known.epoch == epoch and (self._registry.alone or time.monotonic() < known.until):
             return known.resolved
-        epoch = self._registry.epoch  # before asking: a change that comes meanwhile makes this answer an old one
+        # The epoch is of before asking: a change that comes meanwhile makes this answer an old one.
         resolved = await self._registry.read("resolve", self._store.resolve, query, served(info))
         if len(self._resolved) >= KNOWN_QUERIES:
             self._resolved.clear()

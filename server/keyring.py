@@ -59,9 +59,9 @@ class KeyRing:
             return None
         name = hashlib.sha256(secret.encode("utf-8", "surrogatepass")).digest()
         known = self._known.get(name)
-        if known and known.epoch == self._registry.epoch and time.monotonic() < known.until:
+        if known and known.epoch == self._registry.epoch(None) and time.monotonic() < known.until:
             return known.key
-        epoch, asked = self._registry.epoch, time.monotonic()  # before asking: a revocation may come meanwhile
+        epoch, asked = self._registry.epoch(None), time.monotonic()  # before asking: a revocation may come meanwhile
         key = await self._registry.read("key", self._store.keys.lookup, secret)
         if key is None or key.namespace != self._store.namespace:
             self._known.pop(name, None)

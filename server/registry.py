@@ -6,6 +6,7 @@ Knows no meaning of a call; the store's errors pass through.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
@@ -24,7 +25,11 @@ class Registry:
         self._seconds = metrics.store_duration
         self._backend = backend
         self.alone = backend == "directory"
-        self.epoch = 0  # counts changes made here: what was read in a former epoch may be old
+        self._epochs: Counter[str | None] = Counter()
+
+    def epoch(self, task: str | None) -> int:
+        """How often the task was changed here, or, None, the keys: what was read in a former epoch may be old."""
+        return self._epochs[task]
 
     async def read(self, op: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """`function(*args)`; `op` names it in the metrics."""
@@ -34,9 +39,9 @@ class Registry:
         finally:
             self._seconds.labels(op, self._backend).observe(time.monotonic() - started)
 
-    async def change(self, op: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
-        """The same for what may alter the store, even where it raises."""
+    async def change(self, op: str, task: str | None, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
+        """The same for what may alter a task or, None, the keys, even where it raises."""
         try:
             return await self.read(op, function, *args, **kwargs)
         finally:
-            self.epoch += 1
+            self._epochs[task] += 1

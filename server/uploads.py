@@ -1,7 +1,7 @@
 """An uploaded prompt on its way to the registry: to disk under a cap, hashed as it comes, then read strictly.
 
-Nothing of it is in memory whole before its header has been judged. On the disk it has no name, so that however the
-process ends nothing of it is left. Knows no database.
+Nothing of it that is more than WRITE_BYTES is in memory whole before its header has been judged. On the disk it has no
+name, so that however the process ends nothing of it is left. Knows no database.
 """
 
 from __future__ import annotations
@@ -122,16 +122,19 @@ class _Hashed:
 
 @asynccontextmanager
 async def _whole(body: _Hashed) -> AsyncIterator[tuple[BufferedIOBase, None]]:
-    """A body that is the prompt's file."""
-    with tempfile.TemporaryFile() as file:
+    """A body that is the prompt's file; one that would be written at once stays in memory."""
+    with tempfile.SpooledTemporaryFile(WRITE_BYTES) as file:
         pending = bytearray()
         async for chunk in body:
             pending += chunk
             if len(pending) >= WRITE_BYTES:
                 await run_in_threadpool(file.write, bytes(pending))
                 pending.clear()
-        await run_in_threadpool(file.write, bytes(pending))
-        yield file, None
+        if body.size < WRITE_BYTES:
+            file.write(pending)
+        else:
+            await run_in_threadpool(file.write, bytes(pending))
+        yield cast(BufferedIOBase, file), None
 
 
 @asynccontextmanager

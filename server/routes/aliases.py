@@ -61,6 +61,7 @@ async def put(
     services = services_of(request)
     moved, new = await services.registry.change(
         "set_alias",
+        task,
         services.store.aliases.put,
         task,
         alias,
@@ -81,6 +82,7 @@ async def delete(
     info = services.host.engine.info
     await services.registry.change(
         "delete_alias",
+        task,
         services.store.aliases.delete,
         task,
         alias,

@@ -27,7 +27,7 @@ async def create(request: Request, body: Annotated[KeyBody, Depends(JsonBody(Key
     if "admin" not in body.scopes and not await services.keys.configured():
         raise ApiError(409, "admin_first", "the first key must hold the scope admin, or nobody could make another")
     key, secret = await services.registry.change(
-        "create_key", services.store.keys.create, body.name, body.scopes, by=caller_of(request).actor
+        "create_key", None, services.store.keys.create, body.name, body.scopes, by=caller_of(request).actor
     )
     services.keys.created()
     return Json({**show_key(key), "secret": secret}, 201)
@@ -45,5 +45,6 @@ async def show(request: Request, limit: Limit = 100, after: After = None) -> Res
 async def revoke(request: Request, key_id: KeyId) -> Response:
     """Make a key worthless."""
     services = services_of(request)
-    await services.registry.change("revoke_key", services.store.keys.revoke, key_id, by=caller_of(request).actor)
+    actor = caller_of(request).actor
+    await services.registry.change("revoke_key", None, services.store.keys.revoke, key_id, by=actor)
     return Response(status_code=204)

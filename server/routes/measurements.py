@@ -62,6 +62,7 @@ async def add(
     try:
         recorded = await services.registry.change(
             "measure",
+            task,
             services.store.measurements.add,
             task,
             version,

@@ -97,11 +97,14 @@ async def upload(
 
 async def _push(request: Request, body: Upload, task: str, level: str | None, bos: Bos | None) -> Answered:
     """Judge the file and store it."""
-    services = services_of(request)
-    registry, actor = services.registry, caller_of(request).actor
-    file = await registry.read("read", body.read, services.host.engine, services.settings, services.golden, bos)
-    version, new = await registry.change("push", services.store.push, file, task, level, by=actor)
-    return (201 if new else 200), {**_shown(services, version), "base_bound": file.bound}
+    services, actor = services_of(request), caller_of(request).actor
+
+    def judge_and_store() -> tuple[Version, bool, bool]:
+        file = body.read(services.host.engine, services.settings, services.golden, bos)
+        return *services.store.push(file, task, level, by=actor), file.bound
+
+    version, new, bound = await services.registry.change("push", task, judge_and_store)
+    return (201 if new else 200), {**_shown(services, version), "base_bound": bound}
 
 
 @router.get("/v1/prompts", **operation("prompts:read", {200: Success("tasks with prompts", Listing[TaskAnswer])}))
@@ -190,7 +193,7 @@ async def delete(request: Request, task: Task, version: Number) -> Response:
     """Leave a tombstone. Refused while an alias points to it."""
     services = services_of(request)
     actor = caller_of(request).actor
-    await services.registry.change("delete", services.store.delete, task, version, by=actor)
+    await services.registry.change("delete", task, services.store.delete, task, version, by=actor)
     return Response(status_code=204)
 
 

@@ -14,7 +14,7 @@ from sqlalchemy import event
 from support.counting import count, kept
 from support.fake_engine import FakeEngine
 from support.in_process import in_process
-from support.served import stock
+from support.served import prompt_bytes, stock
 
 from engine.request import GenerationRequest, TokenEvent
 from prompts_store.store import PromptStore
@@ -144,9 +144,20 @@ async def test_no_token_asks_the_database(tmp_path, monkeypatch):
                 assert answer.text.count("data: ") > tokens
                 return len(statements)
 
+            async def upload(seed: int, task: str) -> int:
+                statements.clear()
+                headers = {"Content-Type": "application/octet-stream"}
+                answer = await client.post(f"/v1/prompts/{task}/versions", content=prompt_bytes(seed), headers=headers)
+                assert answer.status_code == 201
+                return len(statements)
+
             event.listen(Connections, "before_cursor_execute", note)
             try:
                 assert await ask(1) <= 7
                 assert [await ask(1), await ask(100)] == [0, 0]
+                assert await upload(11, "other") <= 7
+                assert await ask(1) == 0  # the change is another task's
+                await upload(12, "haiku")
+                assert await ask(1) > 0
             finally:
                 event.remove(Connections, "before_cursor_execute", note)

@@ -268,6 +268,7 @@ def test_a_disk_that_is_full(served, monkeypatch):
     def full(*_, **__):
         raise OSError(28, "No space left on device")
 
+    monkeypatch.setattr("server.uploads.WRITE_BYTES", 64)  # else it stays in memory
     monkeypatch.setattr(tempfile, "TemporaryFile", full)
     answer = upload(served, prompt_bytes(1), 507)
     assert answer.json()["error"]["code"] == "storage_full"
