@@ -61,11 +61,7 @@ def build_linear(module: str, parts: Sequence[Matrix], bias: Tensor | None, targ
         return _fill(module, _int_layer(ints, bias, target), ints, target)
     nf4 = [part for part in parts if isinstance(part, Nf4Matrix)]
     if len(nf4) == len(parts) and len({part.block for part in nf4}) == 1:
-        block, kept = nf4[0].block, torch.float32
-        shape, dtype, place = _shape(nf4), target.dtype, target.place
-        if ours := _kernels(nf4, block, target):
-            return _fill(module, PanelLinear(ours, shape, NF4_VALUES, block, kept, dtype, place, bias), nf4, target)
-        return _fill(module, CodebookLinear(shape, NF4_VALUES, block, kept, dtype, place, bias), nf4, target)
+        return _fill(module, _nf4_layer(nf4, bias, target), nf4, target)
     if len(parts) == 1 and isinstance(parts[0], Q8Matrix):
         return build_q8(module, parts[0], bias, target)
     biases = [None] * len(parts) if bias is None else torch.split(bias, [part.shape[0] for part in parts])
@@ -127,6 +123,16 @@ def _int_layer(parts: Sequence[IntMatrix], bias: Tensor | None, target: Target) 
             return Int4Linear(shape, group, block, bias, order, target.place)
     scales = scale_dtype(target.dtype)
     return CodebookLinear(shape, TWOS_COMPLEMENT, group, scales, target.dtype, target.place, bias, order, offsets)
+
+
+def _nf4_layer(parts: Sequence[Nf4Matrix], bias: Tensor | None, target: Target) -> PackedLinear:
+    shape, block, kept, dtype, place = _shape(parts), parts[0].block, torch.float32, target.dtype, target.place
+    ours = _kernels(parts, block, target)
+    if ours is None:
+        return CodebookLinear(shape, NF4_VALUES, block, kept, dtype, place, bias)
+    if _integers(target, block, shape[1]):
+        return IntegerPanelLinear(ours, shape, 4, block, kept, dtype, place, bias, values=NF4_VALUES)
+    return PanelLinear(ours, shape, NF4_VALUES, block, kept, dtype, place, bias)
 
 
 def _kernels(parts: Sequence[IntMatrix | Nf4Matrix], group: int, target: Target) -> native.Kernels | None:

@@ -51,8 +51,9 @@ def declared_level(raw: Mapping[str, Any]) -> str:
 
 
 def of_integers(level: str) -> bool:
-    """Whether the weights of a level are integers times scales: `w4g64`, `w4g64-s50`, `int8`; not `nf4`, not `s50`."""
-    return level == "int8" or re.match("w[0-9]", level) is not None
+    """Whether the weights of a level are as good as integers times scales: `w4g64`, `w4g64-s50`, `int8`, `nf4`; not
+    `s50`."""
+    return level in ("int8", "nf4") or re.match("w[0-9]", level) is not None
 
 
 def has_q8_tables(raw: Mapping[str, Any]) -> bool:

@@ -29,7 +29,7 @@ SIGNATURES = {
     "dots": (*[POINTER] * 3, LONG, LONG, LONG, POINTER),
     "gemm": (INT, INT, INT, *[POINTER] * 5, LONG, POINTER, LONG, LONG, LONG, POINTER),
     "step": (POINTER,) * 7,
-    "integers": (INT, INT, INT, *[POINTER] * 4, LONG, POINTER, LONG, LONG, LONG, POINTER),
+    "integers": (INT, INT, INT, *[POINTER] * 5, LONG, POINTER, LONG, LONG, LONG, POINTER),
     "norm": (INT, POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
     "norm_slope": (POINTER, POINTER, POINTER, FLOAT, LONG, LONG, POINTER),
     "rotate": (INT, POINTER, LONG, POINTER, POINTER, LONG, LONG, LONG, POINTER),
@@ -70,12 +70,14 @@ class Integers:
     """Weights as `Kernels.integers` reads them: of four inputs at a time the codes of a panel's 32 outputs.
 
     codes (panels, K / 4, 32, 4) uint8, 128 above their value, or (panels, K / 4, 16, 4) uint8, 8 above it, output i in
-    the low half and output i + 16 in the high one; scales and offsets as in `Coded`, groups multiples of SHARE.
+    the low half and output i + 16 in the high one; scales and offsets as in `Coded`, groups multiples of SHARE. With
+    values (16,) uint8, 128 above what a half means, halves are indices of them.
     """
 
     codes: Tensor
     scales: Tensor
     offsets: Tensor | None = None
+    values: Tensor | None = None
 
 
 class Kernels:
@@ -100,8 +102,7 @@ class Kernels:
         if isinstance(weights, Tensor):
             kind, at = 2 if weights.shape[2] == PANEL else 0, weights.data_ptr()
             return Product(at, None, None, None, _address(bias), outputs, inputs, inputs, kind, 16, 0)
-        values = weights.values if isinstance(weights, Coded) else None
-        packed = (weights.codes, weights.scales, weights.offsets, values, bias)
+        packed = (weights.codes, weights.scales, weights.offsets, weights.values, bias)
         group, integers = inputs // weights.scales.shape[1], isinstance(weights, Integers)
         bits = weights.codes.shape[2] // (PANEL // 8)
         kept = SCALES.index(weights.scales.dtype)
@@ -170,7 +171,7 @@ class Kernels:
         x, codes, scales = x.contiguous(), weights.codes, weights.scales
         (m, k), y = x.shape, x.new_empty(x.shape[0], out_features)
         bits, kept = codes.shape[2] // (PANEL // 8), SCALES.index(scales.dtype)
-        packed = [None if t is None else t.data_ptr() for t in (codes, scales, weights.offsets)]
+        packed = [None if t is None else t.data_ptr() for t in (codes, scales, weights.offsets, weights.values)]
         b = None if bias is None else bias.data_ptr()
         group = k // scales.shape[1]
         self._call["integers"](bits, kept, _wide(x), x.data_ptr(), *packed, group, b, m, out_features, k, y.data_ptr())

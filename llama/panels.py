@@ -17,6 +17,7 @@ from llama.native import PANEL, SHARE, Coded, Integers, Kernels, Product
 from llama.packed import PackedLinear
 
 HALF = PANEL // 2
+TABLE = 127.0  # steps of a looked-up value on either side of 0
 
 
 class Panels(PackedLinear):
@@ -131,8 +132,11 @@ class IntegerPanelLinear(Panels):
     """W (N, K) as integers of up to 8 bits, multiplied as integers; `group`, a multiple of SHARE, shares a scale.
 
     Layout as in `native.Integers`. Weights are those of any other layer over these codes; inputs are rounded, which
-    leaves a product about 1 % of its size off.
+    leaves a product about 1 % of its size off. `values`, of -1 to 1, that 4-bit codes are indices of are rounded, too,
+    to 127ths: a tenth of that.
     """
+
+    values: Tensor | None
 
     def __init__(
         self,
@@ -146,26 +150,35 @@ class IntegerPanelLinear(Panels):
         bias: Tensor | None = None,
         order: Tensor | None = None,
         with_offsets: bool = False,
+        values: Sequence[float] | None = None,  # 16 of them; None: codes are the integers themselves
     ) -> None:
         if group % SHARE:
             raise ValueError(f"products of integers take groups of {SHARE}, and multiples; not of {group}")
         width = HALF if bits <= 4 else PANEL
         codes = torch.zeros(-(-shape[0] // PANEL), shape[1] // 4, width, 4, dtype=torch.uint8, device=device)
         super().__init__(kernels, shape, codes, group, scale_dtype, dtype, bias, order, with_offsets)
-        self.width, self.above = width, 8 if bits <= 4 else 128  # what codes are kept above their value
+        self.width, self.above = width, 8 if bits <= 4 and values is None else 128  # what is kept above its value
+        table = None if values is None else torch.tensor(values).mul(TABLE).round_().add_(self.above).to(torch.uint8)
+        self.register_buffer("values", table, persistent=False)
 
     def product(self, x: Tensor) -> Tensor:
         return self.kernels.integers(x, self.packed(), self.bias, self.out_features)
 
     def packed(self) -> Integers:
-        return Integers(self.codes, self.scales, self.offsets)
+        return Integers(self.codes, self.scales, self.offsets, self.values)
+
+    def fill(self, start: int, codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> None:
+        super().fill(start, codes, scales if self.values is None else scales / TABLE, offsets)
 
     def laid_out(self, across: Tensor) -> Tensor:
-        fours = (across.short() + self.above).to(torch.uint8).view(len(across), -1, 4, PANEL).transpose(2, 3)
+        kept = (across.short() + self.above).to(torch.uint8) if self.values is None else (across & 15).view(torch.uint8)
+        fours = kept.view(len(across), -1, 4, PANEL).transpose(2, 3)
         return fours if self.width == PANEL else fours[:, :, HALF:] << 4 | fours[:, :, :HALF]
 
     def read(self, codes: Tensor) -> Tensor:
         codes = codes if self.width == PANEL else torch.cat((codes & 15, codes >> 4), 2)
+        if self.values is not None:
+            codes = self.values[codes.int()]
         return codes.transpose(2, 3).flatten(1, 2).float().sub_(self.above)
 
     def gather(self, ids: Tensor) -> Tensor:

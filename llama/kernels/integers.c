@@ -2,7 +2,7 @@
  *
  * Weights lie in panels of 32 outputs, four inputs of each output side by side: bytes 128 above their value, or halves
  * of bytes 8 above it, outputs 0..15 in the low halves; the instruction wants one side unsigned, and what that adds is
- * known beforehand. Every `group` inputs of an output share a scale and perhaps an offset: W = code * scale + offset.
+ * known beforehand. Or halves of bytes that are looked up in a table of 16 bytes, these 128 above their value. Every `group` inputs of an output share a scale and perhaps an offset: W = code * scale + offset.
  * Inputs are rounded here, every `share` of a row to a grid that the largest of them spans; only from share to share
  * fp32 sums. So an output is the same to the last bit whichever rows stand beside its own.
  */
@@ -21,7 +21,7 @@
 int promptstitch_integers_supported(void) { return __builtin_cpu_supports("avx512vnni"); }
 
 struct weights {
-    const uint8_t *codes;
+    const uint8_t *codes, *table; /* table: 16 bytes, or NULL */
     const char *scales, *offsets; /* (panels, groups, 32); offsets or NULL */
     long k, group, share;         /* share divides group */
     int bits, kept;               /* kept: as `factors` has it */
@@ -78,9 +78,10 @@ AVX512 static void encode_narrow(const char *x, const struct weights *w, int r, 
 
 /* A tile of x over one panel -> sums (rows, 32). With few rows the inputs are dealt out to several sums, since one sum
  * has to wait for itself. */
-static inline __attribute__((always_inline)) VNNI void over(const int rows, const int bits, const struct weights *w, long panel,
-                                                            struct tile x, float *sums) {
-    const int ways = rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+static inline __attribute__((always_inline)) VNNI void over(const int rows, const int bits, const int looked_up,
+                                                            const struct weights *w, long panel, struct tile x, float *sums) {
+    const int ways = rows == 1 ? 4 : rows <= 3 ? 2 : 1, above = bits == 8 || looked_up ? 128 : 8;
+    const __m512i table = looked_up ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->table)) : _mm512_setzero_si512();
     const __m512i low = _mm512_set1_epi8(15);
     const uint8_t *at = w->codes + panel * w->k * (PANEL / 8 * bits);
     for (int i = 0; i < 2 * rows; i++) _mm512_storeu_ps(sums + LANES * i, _mm512_setzero_ps());
@@ -89,7 +90,7 @@ static inline __attribute__((always_inline)) VNNI void over(const int rows, cons
         __m512i sum[4][TILE][2];
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
-            sum[0][r][0] = sum[0][r][1] = _mm512_set1_epi32((bits == 8 ? -128 : -8) * x.sums[g * rows + r]);
+            sum[0][r][0] = sum[0][r][1] = _mm512_set1_epi32(-above * x.sums[g * rows + r]);
 #pragma GCC unroll 4
             for (int v = 1; v < ways; v++) sum[v][r][0] = sum[v][r][1] = _mm512_setzero_si512();
         }
@@ -104,6 +105,7 @@ static inline __attribute__((always_inline)) VNNI void over(const int rows, cons
                 } else {
                     right = _mm512_and_si512(_mm512_srli_epi16(left, 4), low);
                     left = _mm512_and_si512(left, low);
+                    if (looked_up) left = _mm512_shuffle_epi8(table, left), right = _mm512_shuffle_epi8(table, right);
                 }
 #pragma GCC unroll 12
                 for (int r = 0; r < rows; r++) {
@@ -133,25 +135,27 @@ static inline __attribute__((always_inline)) VNNI void over(const int rows, cons
     }
 }
 
-#define ROWS(n) case n: return over(n, bits, w, panel, x, sums);
-#define EVERY(name, bits_)                                                                                        \
+#define ROWS(n) case n: return over(n, bits, looked_up, w, panel, x, sums);
+#define EVERY(name, bits_, looked_up_)                                                                            \
     VNNI static void name(int rows, const struct weights *w, long panel, struct tile x, float *sums) {            \
-        const int bits = bits_;                                                                                   \
+        const int bits = bits_, looked_up = looked_up_;                                                           \
         switch (rows) {                                                                                           \
             ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11)             \
-            default: return over(TILE, bits, w, panel, x, sums);                                                  \
+            default: return over(TILE, bits, looked_up, w, panel, x, sums);                                       \
         }                                                                                                         \
     }
-EVERY(over8, 8)
-EVERY(over4, 4)
+EVERY(over8, 8, 0)
+EVERY(over4, 4, 0)
+EVERY(over_table, 4, 1)
 
-/* x (M, K) -> y (M, N); bias (N,) or NULL; `bits` 8 or 4; `wide`: x, bias and y are fp32, not bf16; `group` a multiple
- * of 32 that divides K. */
+/* x (M, K) -> y (M, N); bias (N,) or NULL; `bits` 8 or 4, table NULL with 8; `wide`: x, bias and y are fp32, not bf16;
+ * `group` a multiple of 32 that divides K. */
 AVX512 void promptstitch_integers(int bits, int kept, int wide, const char *x, const uint8_t *codes, const char *scales,
-                                  const char *offsets, long group, const char *bias, long m, long n, long k, char *y) {
+                                  const char *offsets, const uint8_t *table, long group, const char *bias, long m, long n,
+                                  long k, char *y) {
     static __thread struct scratch shared;
     if (m == 0) return; /* a step that only prefills looks at no row */
-    const struct weights w = {codes, scales, offsets, k, group, group % 64 ? 32 : 64, bits, kept};
+    const struct weights w = {codes, table, scales, offsets, k, group, group % 64 ? 32 : 64, bits, kept};
     const long size = wide ? 4 : 2, panels = (n + PANEL - 1) / PANEL;
     long tiles = (m + TILE - 1) / TILE;
     const int even = (int)((m + tiles - 1) / tiles); /* rows a tile: 11, 11 and 10 rather than 12, 12 and 8 */
@@ -171,7 +175,7 @@ AVX512 void promptstitch_integers(int bits, int kept, int wide, const char *x, c
             __m512 b1 = bias ? load(bias, p * PANEL + LANES, beyond, wide) : _mm512_setzero_ps();
             for (long t = 0; t < tiles; t++) {
                 float sums[TILE * PANEL];
-                (bits == 8 ? over8 : over4)(even, &w, p, tile_at(encoded, &w, even, t), sums);
+                (bits == 8 ? over8 : table ? over_table : over4)(even, &w, p, tile_at(encoded, &w, even, t), sums);
                 for (long r = 0, row = t * even; r < even && row < m; r++, row++) {
                     long at = row * n + p * PANEL;
                     store(y, at, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r), b0), here, wide);

@@ -31,8 +31,8 @@ struct shape {
 
 void promptstitch_gemm(int, int, int, const void *, const void *, const void *, const void *, const void *, long, const void *,
                        long, long, long, void *);
-void promptstitch_integers(int, int, int, const void *, const void *, const void *, const void *, long, const void *, long, long,
-                           long, void *);
+void promptstitch_integers(int, int, int, const void *, const void *, const void *, const void *, const void *, long,
+                           const void *, long, long, long, void *);
 void promptstitch_dots(const void *, const void *, const void *, long, long, long, void *);
 void promptstitch_norm(int, const void *, const void *, float, long, long, void *);
 void promptstitch_rotate(int, const char *, long, const void *, const void *, long, long, long, char *);
@@ -45,8 +45,8 @@ static void multiply(const struct product *p, const void *x, long tokens, void *
     if (p->kind == 2)
         promptstitch_dots(x, p->weights, p->bias, tokens, p->outputs, p->inputs, y);
     else if (p->kind == 1)
-        promptstitch_integers(p->bits, p->kept, 0, x, p->weights, p->scales, p->offsets, p->group, p->bias, tokens, p->outputs,
-                              p->inputs, y);
+        promptstitch_integers(p->bits, p->kept, 0, x, p->weights, p->scales, p->offsets, p->values, p->group, p->bias, tokens,
+                              p->outputs, p->inputs, y);
     else
         promptstitch_gemm(p->bits, p->kept, 0, x, p->weights, p->scales, p->offsets, p->values, p->group, p->bias, tokens,
                           p->outputs, p->inputs, y);

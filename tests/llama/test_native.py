@@ -131,8 +131,8 @@ def test_the_derivative_of_a_product_of_integers():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("offsets", [False, True])
 @pytest.mark.parametrize(("group", "scales"), [(32, torch.float16), (64, torch.float32), (192, torch.bfloat16)])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_packed_integers_times_inputs_on_a_grid(bits, group, scales, offsets, dtype):
+@pytest.mark.parametrize(("bits", "values"), [(4, None), (8, None), (4, NF4_VALUES)])
+def test_packed_integers_times_inputs_on_a_grid(bits, values, group, scales, offsets, dtype):
     """Exact sums within a share of the inputs; whichever rows are beside it, a row's outputs are the same bits."""
     n, k, share = 77, 192, 64 if group % 64 == 0 else 32
     generator = torch.Generator().manual_seed(bits)
@@ -140,10 +140,14 @@ def test_packed_integers_times_inputs_on_a_grid(bits, group, scales, offsets, dt
     scale = torch.rand(n, k // group, generator=generator).to(scales)
     shift = torch.randn(n, k // group, generator=generator).to(scales) if offsets else None
     bias, cpu = random(n).to(dtype), torch.device("cpu")
-    layer = IntegerPanelLinear(kernels, (n, k), bits, group, scales, dtype, cpu, bias, with_offsets=offsets)
+    layer = IntegerPanelLinear(kernels, (n, k), bits, group, scales, dtype, cpu, bias, None, offsets, values)
     for start, stop in ((0, 32), (32, 77)):
         layer.fill(start, codes[start:stop], scale[start:stop], None if shift is None else shift[start:stop])
-    meant = codes.double().view(n, -1, group) * scale.double()[..., None]
+    if values is None:
+        meant, kept = codes.double(), scale
+    else:  # to 127ths
+        meant, kept = torch.tensor(values).mul(127).round().double()[codes.int() & 15], (scale / 127).to(scales)
+    meant = meant.view(n, -1, group) * kept.double()[..., None]
     meant = (meant + (0 if shift is None else shift.double()[..., None])).view(n, k)
     torch.testing.assert_close(layer.dense(), meant.to(dtype))
     ids = torch.tensor([3, 76, 31, 3])
