@@ -22,7 +22,8 @@ HEAD = """# Performance
 
 Made by `python -m bench.page` from what `make race` and `python -m bench.growth` measured; no figure was typed in. What
 is even between the contestants and what is not is in [bench/README.md](../bench/README.md). A ratio is taken within a
-round, in which all servers were up and took turns; the median, the lowest and the highest of the rounds are shown.
+round, in which all servers were up and took turns; the median, the lowest and the highest of the rounds are shown. Each
+section is a run of its own, the latest first: what it measured anew counts instead of what stands below.
 """
 FIGURES = {  # figure -> heading
     "output_tokens_per_second": "tokens/s",
