@@ -44,6 +44,8 @@ async def uploading(
             yield wrong
         finally:
             clock.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await clock
     wrong.update(error for future in sent if (error := future.result()) is not None)
 
 

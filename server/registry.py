@@ -6,9 +6,9 @@ Knows no meaning of a call; the store's errors pass through.
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
+from zlib import crc32
 
 from starlette.concurrency import run_in_threadpool
 
@@ -16,6 +16,7 @@ from server.metrics import Metrics
 
 P = ParamSpec("P")
 R = TypeVar("R")
+EPOCHS = 4096  # counted apart; tasks that share one are asked for anew with each other, whatever names clients try
 
 
 class Registry:
@@ -25,11 +26,11 @@ class Registry:
         self._seconds = metrics.store_duration
         self._backend = backend
         self.alone = backend == "directory"
-        self._epochs: Counter[str | None] = Counter()
+        self._epochs = [0] * EPOCHS
 
     def epoch(self, task: str | None) -> int:
         """How often the task was changed here, or, None, the keys: what was read in a former epoch may be old."""
-        return self._epochs[task]
+        return self._epochs[_slot(task)]
 
     async def read(self, op: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """`function(*args)`; `op` names it in the metrics."""
@@ -44,4 +45,8 @@ class Registry:
         try:
             return await self.read(op, function, *args, **kwargs)
         finally:
-            self._epochs[task] += 1
+            self._epochs[_slot(task)] += 1
+
+
+def _slot(task: str | None) -> int:
+    return crc32((task or "").encode()) % EPOCHS
