@@ -1,35 +1,53 @@
-"""uvicorn's HTTP/1.1 with a deadline for the head of a request: uvicorn itself waits for ever. Knows no bodies."""
+"""uvicorn's HTTP/1.1 with bounds for the head of a request: uvicorn itself waits for ever, and for any length.
+
+Knows no bodies.
+"""
 
 from __future__ import annotations
 
 import asyncio
 
-import h11
-from uvicorn.protocols.http.h11_impl import H11Protocol
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEADER_BYTES = 32 * 1024
 
 
-class DeadlineProtocol(H11Protocol):
+class BoundedProtocol(HttpToolsProtocol):
     """A client that has sent no whole head `header_seconds` after it began, or connected, is cut off."""
 
     header_seconds = 30.0
     _deadline: asyncio.TimerHandle | None = None
+    _behind_head = False  # between a whole head and the end of its body
+    _waited_for = 0  # bytes of a head that is not whole yet
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._deadline is None and self.conn.their_state is h11.IDLE:
+        if self._deadline is None and not self._behind_head:
             self._await_head()
         super().data_received(data)
-        if self.conn.their_state is not h11.IDLE:
-            self._cancel()
+        if self._deadline is not None:
+            self._waited_for += len(data)
+            if self._waited_for > MAX_HEADER_BYTES:
+                self.send_400_response("The head of the request is too long.")
+
+    def on_headers_complete(self) -> None:
+        self._cancel()
+        self._behind_head = True
+        super().on_headers_complete()
+
+    def on_message_complete(self) -> None:
+        self._behind_head = False
+        super().on_message_complete()
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._cancel()
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
+        self._waited_for = 0
         self._deadline = self.loop.call_later(self.header_seconds, self._cut_off)
 
     def _cut_off(self) -> None:

@@ -19,12 +19,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.errors import ApiError, ClientGone, error_response, translate
 from server.exchange import KEY, Exchange
+from server.http import MAX_HEADER_BYTES
 from server.logs import log_exchange
 from server.metrics import Metrics
 
 logger = logging.getLogger("promptstitch.server")
 
-MAX_HEADER_BYTES = 32 * 1024
 LINGER_SECONDS = 2.0
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_-]{1,128}")
 _HEADERS = {

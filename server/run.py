@@ -23,8 +23,7 @@ from prompts_store.store import PromptStore
 from server import logs
 from server.app import EngineFactory, create_app
 from server.host import EngineHost
-from server.http import DeadlineProtocol
-from server.middleware import MAX_HEADER_BYTES
+from server.http import BoundedProtocol
 from server.settings import Settings, SettingsError
 
 logger = logging.getLogger("promptstitch.server")
@@ -75,15 +74,15 @@ def _exit_over_loader() -> NoReturn:
 
 
 def uvicorn_config(app: FastAPI, settings: Settings) -> Config:
-    """How the socket is served: h11, bounded headers, no access log of uvicorn's own."""
+    """How the socket is served: by C (httptools, uvloop), bounded heads, no access log of uvicorn's own."""
     return Config(
         app,
         host=settings.host,
         port=settings.port,
         http=_protocol(settings),
+        loop="uvloop",
         ws="none",
         lifespan="on",
-        h11_max_incomplete_event_size=MAX_HEADER_BYTES,
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=FLUSH_SECONDS,
         access_log=False,
@@ -93,9 +92,9 @@ def uvicorn_config(app: FastAPI, settings: Settings) -> Config:
     )
 
 
-def _protocol(settings: Settings) -> type[DeadlineProtocol]:
+def _protocol(settings: Settings) -> type[BoundedProtocol]:
     """uvicorn takes a class; the deadline is the settings'."""
-    return type("Protocol", (DeadlineProtocol,), {"header_seconds": settings.receipt_timeout})
+    return type("Protocol", (BoundedProtocol,), {"header_seconds": settings.receipt_timeout})
 
 
 class Server(uvicorn.Server):

@@ -167,7 +167,7 @@ def test_heads_are_bounded(strict, head):
 
 
 def test_a_head_that_comes_at_once_is_bounded_too(served):
-    """h11 counts only what it waits for: a head of 100 KB in one piece got through."""
+    """The protocol counts only what it waits for: a head of 100 KB in one piece got through."""
     refused = served.client.get("/livez", headers={"X": "a" * 40_000})
     assert (refused.status_code, refused.json()["error"]["code"]) == (431, "headers_too_large")
 
