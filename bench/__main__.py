@@ -39,6 +39,7 @@ COLUMNS = {  # figure -> heading
     "ttft_p99": "p99",
     "itl_p50": "ITL p50 ms",
     "ratio": "warm / none",
+    "share": "as dense",
     "first_answer_seconds": "first answer s",
     "beyond_model_mb": "beyond model MB",
     "server_cpu": "server CPU",
@@ -71,12 +72,26 @@ def figures_table(measured: Sequence[Measured]) -> Table:
 
 
 def verdict_table(verdicts: Sequence[Verdict]) -> Table:
-    heads = ("line", "claim", "ours", "beside", "must be", "aim", "median", "lowest", "highest", "")
-    table = Table(*heads, title="Ratios within a round")
+    heads = (
+        "line",
+        "claim",
+        "ours",
+        "beside",
+        "must be",
+        "aim",
+        "median",
+        "lowest",
+        "highest",
+        "",
+        "as dense",
+        "beside",
+    )
+    table = Table(*heads, title="Ratios within a round; next tokens as the dense model's")
     for v in verdicts:
         figures = ("-" if value is None else f"{value:.3g}" for value in (v.aim, v.median, v.low, v.high))
+        shares = ("" if value is None else f"{value:.1%}" for value in (v.share, v.peer_share))
         end = {None: "not measured", True: "ok", False: "MISSED"}[v.ok]
-        table.add_row(v.line, v.what, v.ours, v.peer, v.bound, *figures, end)
+        table.add_row(v.line, v.what, v.ours, v.peer, v.bound, *figures, end, *shares)
     return table
 
 
@@ -88,7 +103,9 @@ def main(
         str, typer.Option(help="Those of ours for the line `levels`, comma-separated; or folders of checkpoints.")
     ] = "w8g64,w3g64,w2g64,nf4,int8",
     llama_cpp: Annotated[str, typer.Option(help="Its quantisations, comma-separated.")] = "q4_0,q4_1,q8_0",
-    contestants: Annotated[str, typer.Option(help="Patterns of names, comma-separated: leave the others out.")] = "*",
+    contestants: Annotated[
+        list[str] | None, typer.Option(help="Patterns of names, comma-separated: leave the others out.")
+    ] = None,
     corpus: Annotated[Path | None, typer.Option(help="Text file to cut from; without: random words.")] = None,
     patience: Annotated[float, typer.Option(help="Seconds to wait for an idle machine before each figure.")] = 0.0,
     root: Annotated[Path, typer.Option(help="Where bench.peers put things.")] = peers.ROOT,
@@ -110,7 +127,7 @@ def main(
     store = Path(tempfile.mkdtemp(prefix="race-"))
     extra = [level for level in levels.split(",") if level]
     everybody = lineup.everybody(checkpoint, root, store, names, extra, llama_cpp.split(","))
-    taking = [c for c in everybody if matches(c.name, contestants.split(",")) and plan.needs(c.name)]
+    taking = [c for c in everybody if matches(c.name, ",".join(contestants or "*").split(",")) and plan.needs(c.name)]
     if missing := peers.missing(root, [c.name for c in taking]):
         console.print(f"not set up: {', '.join(missing)}. Run: python -m bench.peers --root {root}")
         raise typer.Exit(2)

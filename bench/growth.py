@@ -140,7 +140,7 @@ def main(
     store = Path(tempfile.mkdtemp(prefix="growth-"))
     growth = Growth(checkpoint, load_tokenizer(checkpoint), root / "growth")
     mine = [lineup.ours(checkpoint, store, root / "prompts", (), level) for level in (None, lineup.PACKED)]
-    vllm = lineup.vllm(checkpoint, root, root / "prompts", max(CONCURRENCY))
+    vllm = lineup.vllm(checkpoint, root, root / "prompts", max(CONCURRENCY), 2 * max(TEXT))
     if peers.missing(root, [vllm.name]):
         console.print(f"vLLM is not set up. Run: python -m bench.peers --root {root}")
         raise typer.Exit(2)

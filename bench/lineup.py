@@ -91,7 +91,7 @@ def model_bytes(url: str) -> float:
     return float(values["weight_bytes"]) + used * float(values["kv_cache_bytes"])
 
 
-def vllm(checkpoint: Path, root: Path, prompts: Path, concurrency: int) -> Contestant:
+def vllm(checkpoint: Path, root: Path, prompts: Path, concurrency: int, context: int = CONTEXT) -> Contestant:
     """vLLM's CPU build in bf16, compiled, bound to every core; prompts travel as vectors in each request."""
     venv = (root / "vllm").absolute()
     preload = [f for f in (ctypes.util.find_library("tcmalloc_minimal"), str(venv / "lib/libiomp5.so")) if f]
@@ -106,7 +106,7 @@ def vllm(checkpoint: Path, root: Path, prompts: Path, concurrency: int) -> Conte
     }
     command = [str(venv / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
     command += ["--served-model-name", BASE, "--dtype", "bfloat16", "--port", "{port}", "--enable-prompt-embeds"]
-    command += ["--max-model-len", str(CONTEXT), "--max-num-seqs", str(concurrency), "--block-size", "64"]
+    command += ["--max-model-len", str(context), "--max-num-seqs", str(concurrency), "--block-size", "64"]
     command += ["--disable-uvicorn-access-log", "--no-enable-log-requests"]
     form = forms.prompt_embeds(BASE, load_tokenizer(checkpoint), checkpoint, prompts)
     return Contestant("vllm", "bf16", command, form, env)

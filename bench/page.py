@@ -1,6 +1,6 @@
-"""docs/performance.md and its plots, made from what a race and a growth left.
+"""docs/performance.md and its plots, made from what a race, a growth and the parts of a step left.
 
-    python -m bench.page runs/race.json runs/growth.json --out docs
+    python -m bench.page runs/race.json runs/growth.json runs/parts.json --out docs
 
 No figure is typed in. Knows those files; measures nothing.
 """
@@ -20,10 +20,12 @@ from bench.plots import Panel, draw
 
 HEAD = """# Performance
 
-Made by `python -m bench.page` from what `make race` and `python -m bench.growth` measured; no figure was typed in. What
-is even between the contestants and what is not is in [bench/README.md](../bench/README.md). A ratio is taken within a
-round, in which all servers were up and took turns; the median, the lowest and the highest of the rounds are shown. Each
-section is a run of its own, the latest first: what it measured anew counts instead of what stands below.
+Made by `python -m bench.page` from what `make race`, `bench.growth` and `bench.parts` measured; no figure was typed
+in. What is even between the contestants and what is not is in [bench/README.md](../bench/README.md). A ratio is taken
+within a round, in which all servers were up and took turns; the median, the lowest and the highest of the rounds are
+shown. Each section is a run of its own, the latest first: what it measured anew counts instead of what stands below.
+Where weights are not of one kind, *as dense* says what they cost: how often the next token is the dense model's,
+behind cuts of texts that it wrote itself. Two servers of the same weights differ there at near ties alone.
 """
 FIGURES = {  # figure -> heading
     "output_tokens_per_second": "tokens/s",
@@ -32,11 +34,13 @@ FIGURES = {  # figure -> heading
     "ttft_p99": "p99, ms",
     "itl_p50": "between tokens p50, ms",
     "ratio": "first token, warm / none",
+    "share": "next token as dense",
     "first_answer_seconds": "first answer, s",
     "beyond_model_mb": "memory beyond model, MB",
     "client_cpu": "client's cores",
     "others_cpu": "others' cores",
 }
+LIKE_DENSE = ("ours as dense", "beside as dense")
 PLOTTED = (("output_tokens_per_second", "tokens/s"), ("ttft_p50", "first token p50, ms"))
 Report = Mapping[str, Any]
 
@@ -46,12 +50,21 @@ def race(told: Report) -> Iterator[str]:
     rounds = 1 + max(m["round"] for m in told["measured"])
     lines = ", ".join(dict.fromkeys(v["line"] for v in told["verdicts"]))
     yield f"\n## The race: {lines}\n\n{_machine(told['machine'])}, {rounds} rounds.\n"
-    heads = ("line", "claim", "ours", "beside", "must be", "aim", "median", "lowest", "highest", "")
+    heads = ("line", "claim", "ours", "beside", "must be", "aim", "median", "lowest", "highest", "", *LIKE_DENSE)
     ends = {None: "not measured", True: "ok", False: "**missed**"}
     yield _table(
         heads,
         [
-            (v["line"], v["what"], v["ours"], v["peer"], v["bound"], *map(short, _spread(v)), ends[v["ok"]])
+            (
+                v["line"],
+                v["what"],
+                v["ours"],
+                v["peer"],
+                v["bound"],
+                *map(short, _spread(v)),
+                ends[v["ok"]],
+                *_shares(v),
+            )
             for v in told["verdicts"]
         ],
     )
@@ -89,6 +102,35 @@ def growth(told: Report, folder: Path) -> Iterator[str]:
         )
 
 
+def parts(told: Report) -> Iterator[str]:
+    """A table for each level: every part of a step beside its floor."""
+    rates = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in told["rates"].items())
+    yield f"""
+## Where a step's time goes
+
+{_machine(told["machine"])}. Decoding, every token sees {told["positions"]} positions. A floor is what it takes to read
+a part's weights (or keys and values) once, or to multiply them, whichever takes longer, at the best rates that PyTorch
+reaches here (thousand millions a second: {rates}; *read* in bytes, the others in operations of square products). Parts
+are timed block by block; what is served is one call for all blocks, the last line.
+"""
+    for level in dict.fromkeys(part["level"] for part in told["parts"]):
+        found = {(p["name"], p["sequences"]): p for p in told["parts"] if p["level"] == level}
+        counts = list(dict.fromkeys(count for _, count in found))
+        heads = ("part", *(f"{count} at once: {what}" for count in counts for what in ("ms", "floor, ms", "by")))
+        yield f"\n### {level}\n"
+        yield _table(
+            heads,
+            [
+                (name, *(cell for count in counts for cell in _part(found[name, count])))
+                for name in dict.fromkeys(name for name, _ in found)
+            ],
+        )
+
+
+def _part(part: Report) -> tuple[str, str, str]:
+    return short(part["took"]), short(part["floor"]), part["bound"]
+
+
 def _panel(label: str, points: Sequence[Report], figure: str, heading: str) -> Panel:
     series: dict[str, list[tuple[float, float]]] = {}
     for point in points:
@@ -104,6 +146,13 @@ def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def _spread(verdict: Report) -> Iterator[Any]:
     return (verdict[name] for name in ("aim", "median", "low", "high"))
+
+
+def _shares(verdict: Report) -> Iterator[str]:
+    """Empty where both are of one kind of weights."""
+    for name in ("share", "peer_share"):
+        value = verdict.get(name)
+        yield "" if value is None else f"{value:.1%}"
 
 
 def short(value: Any) -> str:
@@ -122,16 +171,18 @@ def _relative(command: str) -> str:
 
 
 def main(
-    files: Annotated[list[Path], typer.Argument(help="What `make race` and `bench.growth` wrote.")],
+    files: Annotated[list[Path], typer.Argument(help="What `make race`, `bench.growth` and `bench.parts` wrote.")],
     out: Annotated[Path, typer.Option(help="Folder for performance.md and performance/*.svg.")] = Path("docs"),
 ) -> None:
     """Write the page."""
     out.mkdir(parents=True, exist_ok=True)
-    parts = [HEAD]
+    sections = [HEAD]
     for file in files:
         told = json.loads(file.read_text(encoding="utf-8"))
-        parts += growth(told, out / "performance") if "points" in told else race(told)
-    (out / "performance.md").write_text("\n".join(parts), encoding="utf-8")
+        sections += (
+            growth(told, out / "performance") if "points" in told else parts(told) if "parts" in told else race(told)
+        )
+    (out / "performance.md").write_text("\n".join(sections), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any, Literal
 from bench.workload import Workload
 
 FILE = Path(__file__).with_name("race.toml")
-Kind = Literal["closed", "open", "first token", "start"]
+Kind = Literal["closed", "open", "first token", "fidelity", "start"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +31,7 @@ class Load:
     capacity_of: str = ""  # the contestant whose requests a second are
     share: float = 1.0  # sent by this much
     hang_up: float = 0.0  # open: share of the clients that leave before their answer's end
+    truth: str = ""  # fidelity: the contestant that says what the next token is
 
     @classmethod
     def of(cls, name: str, table: Mapping[str, Any]) -> Load:
@@ -42,7 +43,10 @@ class Load:
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """Ours against the best of the peers, ourselves under another load, or a figure alone. See `race.toml`."""
+    """Ours against the best of the peers, ourselves under another load, or a figure alone. See `race.toml`.
+
+    `across`: their weights are not of one kind, so what each costs in quality is measured too.
+    """
 
     line: str
     what: str
@@ -52,6 +56,7 @@ class Claim:
     peers: Sequence[str] = ()
     peer_load: str = ""
     each: bool = False
+    across: bool = False
     at_least: float | None = None
     at_most: float | None = None
     aim: float | None = None
@@ -102,6 +107,10 @@ class Plan:
             for load in (self.loads[claim.load],)
             if load.capacity_of == contestant
         }
+        across = [name for claim in self.claims if claim.across for name in (*claim.ours, *claim.peers)]
+        for load in self.loads.values():
+            if load.kind == "fidelity" and across and matches(contestant, [load.truth, *across]):
+                names.add(load.name)
         return [load for load in self.loads.values() if load.name in names]
 
 

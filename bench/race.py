@@ -13,6 +13,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
+from bench.fidelity import Fidelity, Measure
 from bench.load import Pace, first_tokens, run
 from bench.machine import Reading, wait_until_quiet
 from bench.plan import Load, Plan
@@ -30,7 +31,7 @@ class Measured:
     round: int
     contestant: str
     load: str
-    figures: Result | FirstToken | Start
+    figures: Result | FirstToken | Fidelity | Start
     rate: float | None  # requests a second that were sent, where the load says them
     server_cpu: float
     others_cpu: float  # neither the server nor the load generator: what makes a figure doubtful
@@ -60,24 +61,32 @@ class Race:
     logs: Path = Path("runs")
 
     def run(self, lineup: Sequence[Contestant], rounds: int) -> Iterator[Measured]:
-        """All rounds, one measurement after the other. Raises RuntimeError if a server does not start."""
+        """All rounds, one measurement after the other; fidelity in the first alone, since greedy answers do not change.
+
+        Raises RuntimeError if a server does not start.
+        """
         self.logs.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
             up: dict[str, Running] = {}
+            truths: dict[str, Measure] = {}
             for number in range(rounds):
                 capacities: dict[tuple[str, str], float] = {}
                 for load in self.plan.loads.values():
                     for contestant in lineup:
                         if load not in self.plan.needs(contestant.name):
                             continue
+                        if load.kind == "fidelity" and number:
+                            continue
                         if load.kind == "start":
                             yield self._start(number, contestant)
                             continue
                         if contestant.name not in up:
                             up[contestant.name] = stack.enter_context(self._warm(contestant))
+                        if contestant.name == load.truth:
+                            truths[load.name] = self._truth(contestant, up[contestant.name], load)
                         rate = capacities.get((load.capacity, load.capacity_of))
-                        rate = None if rate is None else rate * load.share
-                        measured = self._measure(number, contestant, up[contestant.name], load, rate)
+                        given = (None if rate is None else rate * load.share, truths.get(load.name))
+                        measured = self._measure(number, contestant, up[contestant.name], load, *given)
                         if isinstance(measured.figures, Result):
                             capacities[load.name, contestant.name] = measured.figures.requests_per_second
                         yield measured
@@ -94,19 +103,33 @@ class Race:
                     run(server.url, jobs, contestant.form, Pace(shape.concurrency))
             yield server
 
+    def _truth(self, contestant: Contestant, server: Running, load: Load) -> Measure:
+        return Measure.of(server.url, self._jobs(load, load.workload, self._seed(0, load)), contestant.form)
+
+    def _seed(self, number: int, load: Load) -> int:
+        return number * SEEDS_A_ROUND + list(self.plan.loads).index(load.name)
+
     def _measure(
-        self, number: int, contestant: Contestant, server: Running, load: Load, rate: float | None
+        self,
+        number: int,
+        contestant: Contestant,
+        server: Running,
+        load: Load,
+        rate: float | None,
+        truth: Measure | None,
     ) -> Measured:
-        seed = number * SEEDS_A_ROUND + list(self.plan.loads).index(load.name)
+        seed = self._seed(number, load)
         jobs = self._jobs(load, load.workload, seed)
+        if (load.kind == "open" and rate is None) or (load.kind == "fidelity" and truth is None):
+            raise RuntimeError(f"the load {load.name} goes by {load.capacity_of or load.truth}, which takes no part")
         quiet = wait_until_quiet(self.patience)
         before, server_before = Reading.now(), server.cpu_seconds()
-        figures: Result | FirstToken
+        figures: Result | FirstToken | Fidelity
         if load.kind == "first token":
             figures = first_tokens(server.url, jobs, contestant.form)
+        elif truth is not None:
+            figures = truth.compare(server.url, contestant.form)
         else:
-            if load.kind == "open" and rate is None:
-                raise RuntimeError(f"the load {load.name} goes by {load.capacity_of}, which takes no part")
             pace = Pace(load.workload.concurrency, rate, load.hang_up, load.uploads, seed)
             figures = run(server.url, jobs, contestant.form, pace, upload=(contestant.uploads, self.upload))
         after = Reading.now()

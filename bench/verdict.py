@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from bench.fidelity import Fidelity
 from bench.plan import Claim, matches
 from bench.race import Measured
 
@@ -16,7 +17,8 @@ from bench.race import Measured
 @dataclass(frozen=True, slots=True)
 class Verdict:
     """A claim beside what was measured: the median of the rounds' ratios, the lowest and the highest. `ok` is None, and
-    the figures too, where no round has both sides."""
+    the figures too, where no round has both sides. `share` and `peer_share`: of next tokens that are the dense model's,
+    where the weights of the two are not of one kind."""
 
     line: str
     what: str
@@ -28,6 +30,8 @@ class Verdict:
     low: float | None
     high: float | None
     ok: bool | None
+    share: float | None = None
+    peer_share: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,13 @@ def _verdict(measured: Sequence[Measured], claim: Claim, ours: Sequence[str]) ->
     median = statistics.median(values)
     names = (statistics.mode(ratio.ours for ratio in ratios), statistics.mode(ratio.peer for ratio in ratios))
     spread = (median, min(values), max(values))
-    return Verdict(claim.line, claim.what, *names, claim.bound, claim.aim, *spread, claim.holds(median))
+    shares = (_share(measured, name) for name in names) if claim.across else ()
+    return Verdict(claim.line, claim.what, *names, claim.bound, claim.aim, *spread, claim.holds(median), *shares)
+
+
+def _share(measured: Sequence[Measured], contestant: str) -> float | None:
+    found = (m.figures for m in measured if m.contestant == contestant)
+    return next((figures.share for figures in found if isinstance(figures, Fidelity)), None)
 
 
 def _ratio(one_round: Sequence[Measured], claim: Claim, ours: Sequence[str]) -> _Ratio | None:

@@ -41,6 +41,7 @@ class Answer:
     tokens: int = 0
     cached_tokens: int | None = None  # input tokens that the server says it did not compute again
     arrivals: tuple[float, ...] = ()  # of events with text, seconds since sending
+    text: str = ""
 
 
 def unheard() -> None:
@@ -120,19 +121,21 @@ def read(recording: Recording, max_tokens: int) -> Answer:
     except ValueError:
         return Answer("not JSON")
     arrivals: list[float] = []
+    text = ""
     usage: dict[str, Any] = {}
     for at, event in events:
         if "error" in event:
             return Answer("error in a 200")
-        if any(choice.get("text") for choice in event.get("choices", ())):
+        if piece := "".join(choice.get("text") or "" for choice in event.get("choices", ())):
             arrivals.append(at)
+            text += piece
         usage = event.get("usage") or usage
     if not closed:
         return Answer("cut off")
     tokens = usage.get("completion_tokens", 0)
     cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
     error = None if tokens == max_tokens else f"{tokens} tokens, not {max_tokens}"
-    return Answer(error, tokens, cached, tuple(arrivals))
+    return Answer(error, tokens, cached, tuple(arrivals), text)
 
 
 def _events(chunks: Sequence[tuple[float, bytes]]) -> tuple[list[tuple[float, dict[str, Any]]], bool]:

@@ -5,6 +5,7 @@ The model's name picks the fault; uploads are remembered, and a model that was n
 
 import asyncio
 import json
+import os
 import sys
 
 import uvicorn
@@ -39,7 +40,7 @@ def create_app() -> Starlette:
         tokens = body["max_tokens"] - (model == "short")
         usage = {"completion_tokens": tokens, "prompt_tokens_details": {"cached_tokens": 5}}
         if not body.get("stream"):
-            return JSONResponse({"choices": [{"text": "x" * tokens}], "usage": usage})
+            return JSONResponse({"choices": [{"text": os.environ.get("SAYS", "x") * tokens}], "usage": usage})
         return StreamingResponse(events(model, tokens, usage), media_type="text/event-stream")
 
     async def events(model, tokens, usage):

@@ -11,7 +11,7 @@ import psutil
 import pytest
 from rich.console import Console
 
-from bench import forms, lineup, machine, page, peers, soft_prompts
+from bench import fidelity, forms, lineup, machine, page, peers, soft_prompts
 from bench.__main__ import figures_table, report, verdict_table
 from bench.plan import Claim, Load, Plan
 from bench.race import Measured, Race
@@ -97,6 +97,40 @@ def test_rounds_take_turns_and_leave_no_process(checkpoint, tmp_path):
     assert "{again}" not in text
     console = Console(width=200, record=True, quiet=True)
     console.print(figures_table(rows), verdict_table(judge(rows, claims)))
+
+
+def test_fidelity_is_measured_once_with_the_dense_model_for_truth(checkpoint, tmp_path):
+    """Both sides of a claim across kinds of weights, the truth beside them though no claim names it."""
+    loads = {
+        "bare": LOADS["bare"],
+        "fidelity": Load("fidelity", replace(SMALL, max_tokens=12), kind="fidelity", truth="dense"),
+    }
+    plan = Plan(loads, (claim("bare", across=True),))
+    assert [load.name for load in plan.needs("dense")] == ["fidelity"]
+    assert [load.name for load in Plan(loads, (claim("bare"),)).needs("dense")] == []
+    says = {"dense": "one ", "ours": "one ", "vllm": "another "}
+    entrants = [replace(fake_contestant(n, checkpoint, tmp_path), env={"SAYS": word}) for n, word in says.items()]
+    rows = list(race_of(plan, checkpoint, tmp_path).run(entrants, rounds=2))
+    shares = {row.contestant: row.figures.share for row in rows if row.load == "fidelity"}
+    assert shares == {"dense": 1.0, "ours": 1.0, "vllm": 0.0}
+    assert [row.round for row in rows if row.load == "fidelity"] == [0, 0, 0]
+    [verdict] = judge(rows, plan.claims)
+    assert (verdict.share, verdict.peer_share) == (1.0, 0.0)
+    told = json.loads(json.dumps(report(rows, entrants, race_of(plan, checkpoint, tmp_path))))
+    assert "| 100.0% | 0.0% |" in "\n".join(page.race(told))
+
+
+def test_a_truth_that_takes_no_part_is_named(checkpoint, tmp_path):
+    loads = {"fidelity": Load("fidelity", SMALL, kind="fidelity", truth="dense"), "bare": LOADS["bare"]}
+    race = race_of(Plan(loads, (claim("bare", across=True),)), checkpoint, tmp_path)
+    with pytest.raises(RuntimeError, match="the load fidelity goes by dense, which takes no part"):
+        list(race.run([fake_contestant("ours", checkpoint, tmp_path)], rounds=1))
+
+
+def test_contexts_are_cut_at_words_behind_what_was_given():
+    text = "given one two  three four five six seven"
+    assert fidelity._cuts(text, behind=len("given")) == [text[:n] for n in (5, 9, 13, 20, 25, 30)]
+    assert fidelity._cuts("given one two", behind=5) == []
 
 
 def test_no_text_is_sent_twice_to_one_process(checkpoint, tmp_path, monkeypatch):
@@ -191,9 +225,9 @@ def test_the_plan_of_the_race_holds_together():
     needs = {
         name: [load.name for load in plan.needs(name)] for name in ("promptstitch-w8g64", "llama.cpp-q4_0", "vllm")
     }
-    assert needs["promptstitch-w8g64"] == ["bare", "single"]
-    assert needs["llama.cpp-q4_0"] == ["stitched", "bare", "single", "long"]
-    assert needs["vllm"] == ["stitched", "bare", "long", "mixed", "open", "start"]
+    assert needs["promptstitch-w8g64"] == ["bare", "single", "fidelity"]
+    assert needs["llama.cpp-q4_0"] == ["stitched", "bare", "single", "long", "fidelity"]
+    assert needs["vllm"] == ["stitched", "bare", "long", "mixed", "open", "fidelity", "start"]
     assert {each.line for each in Plan.read(only=["W5", "W6"]).claims} == {"W5", "W6"}
     with pytest.raises(ValueError, match="no line W9; lines are W1"):
         Plan.read(only=["W9"])
