@@ -1,14 +1,17 @@
 """Attention over pages.
 
 `KVPages` holds the keys and values of every layer. `attend` gives one step's `Attend`, which writes the step's keys and
-values into their pages and lets every token look at its own sequence: by our kernel, or in plain torch, which it is
+values into their pages and lets every token look at its own sequence: by our kernels, or in plain torch, which they are
 tested against. Tensors in, tensors out: knows no requests.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib
+import importlib.util
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,6 +23,9 @@ from llama.config import LlamaConfig
 from llama.model import Attend
 from llama.native import LANES, Kernels, kernels
 from llama.step import Pages
+
+# (q, keys, values, tables, lengths) -> out, of single tokens: see `look`.
+Look = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,10 +101,7 @@ class KVPages:
 
     def read(self, layer: int, tables: Tensor) -> tuple[Tensor, Tensor]:
         """tables (B, pages) → keys, values (B, KV heads, pages * page size, D)."""
-        flat, shape = tables.flatten(), (tables.shape[0], -1, *self.keys.shape[3:])
-        k = self.keys[layer].index_select(0, flat).view(shape).transpose(1, 2)
-        v = self.values[layer].index_select(0, flat).view(shape).transpose(1, 2)
-        return k, v
+        return _gathered(self.keys[layer], self.values[layer], tables)
 
 
 def attend(kv: KVPages, spans: Sequence[Span]) -> Attend:
@@ -134,8 +137,38 @@ class NativeAttention:
         return self._kernels.attention(q, keys, values, self._tables, self._rows, self._lengths)
 
 
+def look(
+    q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tensor, mask: Tensor | None = None
+) -> Tensor:
+    """q (T, heads, D), keys and values (pages, page size, KV heads, D) → (T, heads * D).
+
+    Token t sees the first lengths[t] positions of its block table tables[t]; tables (T, columns), lengths (T,), int32.
+    The heads that share a KV head are its queries, so that no key is repeated. `mask` is what `unseen` made of the
+    lengths, if somebody has it already.
+    """
+    k, v = _gathered(keys, values, tables)
+    mask = unseen(lengths, k.shape[2], q.dtype) if mask is None else mask
+    out = F.scaled_dot_product_attention(q.view(q.shape[0], k.shape[1], -1, q.shape[2]), k, v, attn_mask=mask)
+    return out.flatten(1)
+
+
+def unseen(lengths: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
+    """lengths (T,) → (T, 1, 1, positions), to be added to scores: -inf where a token does not see."""
+    hidden = torch.arange(positions, device=lengths.device) >= lengths[:, None]
+    return _additive(hidden, dtype)[:, None, None]
+
+
+def paged_look(kv: KVPages) -> Look | None:
+    """`look` as a kernel of ours on CUDA; None where it does not run, or heads are of another width than it takes."""
+    if kv.keys.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+        return None
+    paged = importlib.import_module("engine.paged")  # not before: whoever has no CUDA may have no Triton
+    ours: Look = paged.look
+    return ours if paged.takes(kv.keys.shape[-1]) else None
+
+
 class PagedAttention:
-    """In plain torch, on any device. Spans of one token are computed as one padded batch."""
+    """On any device, prefill in plain torch. Spans of one token are computed as one padded batch."""
 
     def __init__(self, kv: KVPages, spans: Sequence[Span]) -> None:
         self._kv = kv
@@ -145,7 +178,8 @@ class PagedAttention:
         assert all(span.length == 1 for span in spans[: self._singles])
         self._chunks = [self._chunk(span) for span in spans[self._singles :]]
         if self._singles:
-            self._tables, self._mask = self._pad(spans[: self._singles])
+            self._tables, self._lengths = self._pad(spans[: self._singles])
+            self._look = paged_look(kv) or partial(look, mask=self._unseen())
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         self._kv.write(layer, self._slots, k, v)
@@ -159,10 +193,7 @@ class PagedAttention:
         return outs[0] if len(outs) == 1 else torch.cat(outs)
 
     def _decode(self, layer: int, q: Tensor) -> Tensor:
-        """One query a sequence; the heads that share a KV head are its queries, so that no key is repeated."""
-        k, v = self._kv.read(layer, self._tables)
-        out = F.scaled_dot_product_attention(q.view(q.shape[0], k.shape[1], -1, q.shape[2]), k, v, attn_mask=self._mask)
-        return out.flatten(1)
+        return self._look(q, self._kv.keys[layer], self._kv.values[layer], self._tables, self._lengths)
 
     def _prefill(
         self, layer: int, q: Tensor, k: Tensor, v: Tensor, table: Tensor | None, mask: Tensor | None
@@ -183,18 +214,26 @@ class PagedAttention:
         pages = -(-span.end // self._kv.page_size)
         last = torch.arange(span.start, span.end, device=self._device)[:, None]
         hidden = torch.arange(pages * self._kv.page_size, device=self._device) > last
-        return self._tensor([span.table[:pages]]), self._additive(hidden)[None, None], span.length
+        return self._tensor([span.table[:pages]]), _additive(hidden, self._dtype)[None, None], span.length
 
     def _pad(self, spans: Sequence[Span]) -> tuple[Tensor, Tensor]:
-        """Block tables of equal length and what each row may not see."""
-        size = self._kv.page_size
-        width = max(-(-span.end // size) for span in spans)
+        """Block tables of equal length, and how much each row sees."""
+        width = max(-(-span.end // self._kv.page_size) for span in spans)
         tables = [[*span.table[:width], *[BLANK_PAGE] * (width - len(span.table))] for span in spans]
-        hidden = torch.arange(width * size, device=self._device) >= self._tensor([span.end for span in spans])[:, None]
-        return self._tensor(tables), self._additive(hidden)[:, None, None]
+        return self._tensor(tables, torch.int32), self._tensor([span.end for span in spans], torch.int32)
 
-    def _additive(self, hidden: Tensor) -> Tensor:
-        return torch.zeros(hidden.shape, dtype=self._dtype, device=self._device).masked_fill_(hidden, -torch.inf)
+    def _unseen(self) -> Tensor:
+        return unseen(self._lengths, self._tables.shape[1] * self._kv.page_size, self._dtype)
 
-    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        return torch.tensor(values, device=self._device)
+    def _tensor(self, values: Sequence[int] | Sequence[Sequence[int]], dtype: torch.dtype = torch.long) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=self._device)
+
+
+def _additive(hidden: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.zeros(hidden.shape, dtype=dtype, device=hidden.device).masked_fill_(hidden, -torch.inf)
+
+
+def _gathered(keys: Tensor, values: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:
+    flat, shape = tables.flatten(), (tables.shape[0], -1, *keys.shape[2:])
+    k, v = keys.index_select(0, flat), values.index_select(0, flat)
+    return k.view(shape).transpose(1, 2), v.view(shape).transpose(1, 2)

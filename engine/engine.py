@@ -20,6 +20,7 @@ from engine import limits, stitch
 from engine.api import EngineClosed, EngineInfo, EngineStats, InvalidRequest, Overloaded, Sink, Tokenizer
 from engine.attention import KVPages
 from engine.choice import advance, row_of, score_text
+from engine.graphs import decode_graphs
 from engine.kept import KeptPrefixes
 from engine.options import EngineOptions
 from engine.pages import PagePool
@@ -62,7 +63,8 @@ class LocalEngine:
         if options.kept_folder is not None:
             identity = stitch.fingerprint(model, kv, self._info.max_model_len)
             self._kept = KeptPrefixes(options.kept_folder, options.kept_bytes, identity)
-        self._runner = Runner(model, kv, self._kept)
+        graphs = decode_graphs(model, kv, options.max_running, self._info.max_model_len)
+        self._runner = Runner(model, kv, self._kept, graphs)
         self._scheduler = Scheduler(self._pool, options.max_running, options.max_batch_tokens)
         self._max_norm = options.max_row_norm * stitch.largest_norm(model)
         self._special = frozenset(tokenizer.special_token_ids)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine import stitch
 from engine.attention import KVPages, NativeAttention, Span, attend
+from engine.graphs import DecodeGraphs
 from engine.kept import KeptPrefixes
 from engine.pages import Block
 from engine.scheduler import Batch, Chunk
@@ -30,13 +31,17 @@ class StepOutput:
 
 
 class Runner:
-    """Carries out batches. With `kept`, prefixes are looked for on disk before they are computed."""
+    """Carries out batches. With `kept`, prefixes are looked for on disk before they are computed; with `graphs`, steps
+    that do nothing but decode are replayed."""
 
-    def __init__(self, model: Llama, kv: KVPages, kept: KeptPrefixes | None = None) -> None:
+    def __init__(
+        self, model: Llama, kv: KVPages, kept: KeptPrefixes | None = None, graphs: DecodeGraphs | None = None
+    ) -> None:
         self.model = model
         self.kv = kv
         self.restored = 0  # prefixes that were not computed
         self._kept = kept
+        self._graphs = graphs
         self._step = Step.of(model)
 
     def run(self, batch: Batch) -> StepOutput:
@@ -49,7 +54,10 @@ class Runner:
             self.kv.copy(batch.copies)
         chunks = batch.chunks
         spans = [Span(c.sequence.table, c.sequence.ticket.soft_tokens + c.start, c.end - c.start) for c in chunks]
-        ids = self._tensor([token for c in chunks for token in c.sequence.tokens[c.start : c.end]])
+        tokens = [token for c in chunks for token in c.sequence.tokens[c.start : c.end]]
+        if self._graphs is not None and _only_decodes(chunks, len(tokens)):
+            return StepOutput(self._graphs.logits(tokens, spans), [])
+        ids = self._tensor(tokens)
         positions = self._tensor([at for span in spans for at in range(span.start, span.end)])
         return self._logits(self._hidden(ids, positions, attend(self.kv, spans)), chunks, spans)
 
@@ -87,3 +95,8 @@ class Runner:
 
     def _tensor(self, values: list[int]) -> Tensor:
         return torch.tensor(values, dtype=torch.long, device=self.model.device)
+
+
+def _only_decodes(chunks: list[Chunk], tokens: int) -> bool:
+    """Whether every chunk is one token from which another follows, and whose score nobody asks for."""
+    return tokens == len(chunks) and all(c.samples and c.start >= c.sequence.num_text for c in chunks)

@@ -7,8 +7,11 @@ The faster 4-bit kernel of the CPU is in `llama.int4`.
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
 import math
 from collections.abc import Iterator, Sequence
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +27,14 @@ BLOCK_WEIGHTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # unpacked at once: stays in 
 def scale_dtype(compute: torch.dtype) -> torch.dtype:
     """How scales are kept: bf16 beside bf16, else fp32."""
     return torch.bfloat16 if compute == torch.bfloat16 else torch.float32
+
+
+def coded(x: Tensor, group: int, k: int) -> ModuleType | None:
+    """`llama.coded`, if it multiplies x (T, K) by rows in groups of so many: on CUDA, few rows, where Triton is."""
+    if x.device.type != "cuda" or len(x) > KERNEL_ROWS or importlib.util.find_spec("triton") is None:
+        return None
+    ours = importlib.import_module("llama.coded")  # not before: whoever has no CUDA may have no Triton
+    return ours if ours.takes(group, k) else None
 
 
 class PackedLinear(OpaqueLinear):
@@ -128,6 +139,7 @@ class CodebookLinear(PackedLinear):
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("offsets", torch.zeros_like(scales) if with_offsets else None, persistent=False)
         self.register_buffer("pairs", pairs.to(device), persistent=False)
+        self.looked_up = tuple(values) != TWOS_COMPLEMENT
 
     def fill(self, start: int, codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> None:
         n, k = codes.shape
@@ -137,6 +149,15 @@ class CodebookLinear(PackedLinear):
         self.scales[blocks] = scales.flatten()
         if self.offsets is not None and offsets is not None:
             self.offsets[blocks] = offsets.flatten()
+
+    def product(self, x: Tensor) -> Tensor:
+        ours = coded(x, self.block, self.in_features)
+        if ours is None:
+            return super().product(x)
+        values = self.pairs[:16].view(torch.float32)[1::2].contiguous() if self.looked_up else None
+        shape = (self.out_features, self.in_features)
+        y: Tensor = ours.multiply(x, self.codes, self.scales, self.offsets, values, self.bias, shape, 4)
+        return y
 
     def rows(self, start: int, stop: int) -> Tensor:
         k = self.in_features
@@ -193,7 +214,12 @@ class Int8Linear(PackedLinear):
     def product(self, x: Tensor) -> Tensor:
         if self.kernel and x.shape[0] <= KERNEL_ROWS:
             return self.biased(torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scales.flatten()))
-        return super().product(x)
+        ours = coded(x, self.in_features // self.scales.shape[1], self.in_features)
+        if ours is None:
+            return super().product(x)
+        shape = (self.out_features, self.in_features)
+        y: Tensor = ours.multiply(x, self.codes, self.scales, self.offsets, None, self.bias, shape, 8)
+        return y
 
     def rows(self, start: int, stop: int) -> Tensor:
         weight = self.codes[start:stop].float().view(stop - start, self.scales.shape[1], -1)

@@ -1,0 +1,106 @@
+"""Decoding steps as captured CUDA graphs, one for each size of batch: one launch in place of some hundreds.
+
+A batch is filled up to the next size with tokens that write to the blank page and that nobody looks at. What
+changes from step to step is copied in one piece to where the graphs read it. Knows a model and its pages; knows no
+sequences.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.attention import KVPages, Look, Span, paged_look
+from llama.model import Llama
+
+SIZES = (1, 2, 4, 8, 16)  # of batches; from there on every multiple of the last
+FIELDS = 4  # of a token beside its block table: id, position, slot, how much it sees
+PAD = (0, 0, 0, 1)  # a token of the blank page
+Step = Callable[[], Tensor]
+Capture = Callable[[Step], Step]
+
+
+class DecodeGraphs:
+    """Logits of batches of at most `most` single tokens, each behind a block table of at most `columns` pages.
+
+    `capture` turns a step into one that is replayed, reading and writing the same memory each time. All sizes are
+    captured here, so that no request waits for one.
+    """
+
+    def __init__(self, model: Llama, kv: KVPages, most: int, columns: int, look: Look, capture: Capture) -> None:
+        self._kv = kv
+        self._columns = columns
+        self._sizes = sizes(most)
+        host = np.zeros((self._sizes[-1], FIELDS + columns), np.int32)
+        host[:, :FIELDS] = PAD
+        self._host = torch.from_numpy(host)
+        if kv.keys.device.type == "cuda":
+            self._host = self._host.pin_memory()
+        self._told = self._host.to(kv.keys.device)
+        self._replays = {size: capture(_Step(model, kv, self._told[:size], look)) for size in reversed(self._sizes)}
+
+    def logits(self, ids: Sequence[int], spans: Sequence[Span]) -> Tensor:
+        """The token `ids[i]` at the position of `spans[i]` → logits (B, V) in fp32, overwritten by the next call."""
+        size = next(size for size in self._sizes if size >= len(spans))
+        rows = self._host.numpy()[:size]
+        rows[:, :FIELDS] = PAD
+        rows[:, FIELDS:] = 0
+        for row, token, span in zip(rows, ids, spans, strict=False):
+            row[:FIELDS] = token, span.start, *self._kv.slots(span), span.end
+            row[FIELDS : FIELDS + len(span.table)] = span.table
+        self._told[:size].copy_(self._host[:size], non_blocking=True)
+        return self._replays[size]()[: len(spans)]
+
+
+def sizes(most: int) -> list[int]:
+    """Of the batches that are captured; the last one takes `most` tokens."""
+    steps = [*SIZES, *range(2 * SIZES[-1], most + SIZES[-1], SIZES[-1])]
+    return [*(step for step in steps if step < most), next(step for step in steps if step >= most)]
+
+
+class _Step:
+    """A step over tokens (B, FIELDS + columns) int32 that lie where they lie."""
+
+    def __init__(self, model: Llama, kv: KVPages, told: Tensor, look: Look) -> None:
+        self._model, self._kv, self._told, self._look = model, kv, told, look
+
+    def __call__(self) -> Tensor:
+        ids, positions, slots = (self._told[:, i].long() for i in range(FIELDS - 1))
+        lengths, tables = self._told[:, FIELDS - 1].contiguous(), self._told[:, FIELDS:].contiguous()
+
+        def attention(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            self._kv.write(layer, slots, k, v)
+            return self._look(q, self._kv.keys[layer], self._kv.values[layer], tables, lengths)
+
+        return self._model.logits(self._model(self._model.embed(ids), positions, attention)).float()
+
+
+def captured(step: Step) -> Step:
+    """A CUDA graph of the step. It is run before: what is compiled or allocated once is not part of the graph."""
+    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+
+    def replay() -> Tensor:
+        graph.replay()
+        return out
+
+    return replay
+
+
+@torch.inference_mode()
+def decode_graphs(model: Llama, kv: KVPages, most: int, context: int) -> DecodeGraphs | None:
+    """On CUDA, where there is Triton; None elsewhere."""
+    look = paged_look(kv)
+    if look is None:
+        return None
+    return DecodeGraphs(model, kv, most, -(-context // kv.page_size), look, captured)
