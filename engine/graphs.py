@@ -32,7 +32,6 @@ class DecodeGraphs:
 
     def __init__(self, model: Llama, kv: KVPages, most: int, columns: int, look: Look, capture: Capture) -> None:
         self._kv = kv
-        self._columns = columns
         self._sizes = sizes(most)
         host = np.zeros((self._sizes[-1], FIELDS + columns), np.int32)
         host[:, :FIELDS] = PAD
@@ -50,7 +49,8 @@ class DecodeGraphs:
         rows[:, FIELDS:] = 0
         for row, token, span in zip(rows, ids, spans, strict=False):
             row[:FIELDS] = token, span.start, *self._kv.slots(span), span.end
-            row[FIELDS : FIELDS + len(span.table)] = span.table
+            pages = span.table[: -(-span.end // self._kv.page_size)]
+            row[FIELDS : FIELDS + len(pages)] = pages
         self._told[:size].copy_(self._host[:size], non_blocking=True)
         return self._replays[size]()[: len(spans)]
 
@@ -78,23 +78,28 @@ class _Step:
         return self._model.logits(self._model(self._model.embed(ids), positions, attention)).float()
 
 
-def captured(step: Step) -> Step:
-    """A CUDA graph of the step. It is run before: what is compiled or allocated once is not part of the graph."""
-    side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(2):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        out = step()
+def capturing() -> Capture:
+    """Makes CUDA graphs that share their memory: the logits of one are read before the next is replayed."""
+    pool = torch.cuda.graph_pool_handle()
 
-    def replay() -> Tensor:
-        graph.replay()
-        return out
+    def captured(step: Step) -> Step:
+        side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):  # run before: what is compiled or allocated once is not part of the graph
+            for _ in range(2):
+                step()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool):
+            out = step()
 
-    return replay
+        def replay() -> Tensor:
+            graph.replay()
+            return out
+
+        return replay
+
+    return captured
 
 
 @torch.inference_mode()
@@ -103,4 +108,4 @@ def decode_graphs(model: Llama, kv: KVPages, most: int, context: int) -> DecodeG
     look = paged_look(kv)
     if look is None:
         return None
-    return DecodeGraphs(model, kv, most, -(-context // kv.page_size), look, captured)
+    return DecodeGraphs(model, kv, most, -(-context // kv.page_size), look, capturing())
