@@ -34,9 +34,8 @@ class Fidelity:
 
     def headline(self) -> str:
         """In a line."""
-        return (
-            f"{self.share or float('nan'):.1%} of next tokens as the dense model's, {sum(self.errors.values())} errors"
-        )
+        share = float("nan") if self.share is None else self.share
+        return f"{share:.1%} of next tokens as the dense model's, {sum(self.errors.values())} errors"
 
     def as_json(self) -> dict[str, Any]:
         return asdict(self)

@@ -26,13 +26,14 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from bench.machine import describe
+from bench.roofline import PAGE, pages_for
 from engine.attention import KVPages, Span, attend
 from engine.runner import Runner
 from llama.linear import Linear
 from llama.load import load, resident_bytes
 from llama.model import Attend, Block, Llama
+from llama.panels import IntegerPanelLinear
 
-PAGE = 16
 POSITIONS = 176  # that a token sees: W1's prompt of 64 rows, and a text with its answer in the middle
 TRIES = 30
 
@@ -108,12 +109,10 @@ def parts(checkpoint: Path, level: str | None, sequences: int, rates: Rates) -> 
 
 def _step(model: Llama, sequences: int) -> tuple[Callable[[], object], KVPages, list[Span]]:
     """A step as the engine carries it out, and where its keys and values lie."""
-    each = -(-POSITIONS // PAGE)
-    kv = KVPages(model.config, 1 + sequences * each, PAGE, model.dtype, model.device)
-    kv.blank(range(1 + sequences * each))
-    spans = [Span(range(1 + i * each, 1 + (i + 1) * each), POSITIONS - 1, 1) for i in range(sequences)]
+    kv, tables = pages_for(model, sequences, POSITIONS)
+    spans = [Span(table, POSITIONS - 1, 1) for table in tables]
     runner, (ids, positions) = Runner(model, kv), _inputs(sequences)
-    return lambda: model.logits(runner._hidden(ids, positions, attend(kv, spans))), kv, spans
+    return lambda: model.logits(runner.hidden(ids, positions, attend(kv, spans))), kv, spans
 
 
 def _inputs(sequences: int) -> tuple[Tensor, Tensor]:
@@ -149,8 +148,7 @@ def _floors(model: Llama, kv: KVPages, sequences: int, rates: Rates) -> dict[str
 
     def products(layers: list[Linear]) -> tuple[float, str]:
         weights = sum(layer.in_features * layer.out_features for layer in layers)
-        integers = type(layers[0]).__name__.startswith("Integer")
-        rate = rates.int8 if integers else rates.bf16
+        rate = rates.int8 if isinstance(layers[0], IntegerPanelLinear) else rates.bf16
         return floor(sum(map(resident_bytes, layers)), 2.0 * weights * sequences, rate)
 
     blocks = [block for block in model.blocks if isinstance(block, Block)]

@@ -126,7 +126,7 @@ def measure(config: LlamaConfig, device: torch.device, side: int = 8192, text: i
 
 def _decode(model: Llama, batch: int, positions: int) -> float:
     """Seconds of a step, as the engine carries it out: replayed where that is possible."""
-    kv, tables = _pages(model, batch, positions)
+    kv, tables = pages_for(model, batch, positions)
     spans = [Span(table, positions - 1, 1) for table in tables]
     graphs = decode_graphs(model, kv, batch, positions)
     ids = list(range(batch))
@@ -136,17 +136,18 @@ def _decode(model: Llama, batch: int, positions: int) -> float:
 
 
 def _prefill(model: Llama, tokens: int) -> float:
-    kv, [table] = _pages(model, 1, tokens)
+    kv, [table] = pages_for(model, 1, tokens)
     spans, ids = [Span(table, 0, tokens)], [i % 100 for i in range(tokens)]
     return timed(lambda: model.logits(_hidden(model, kv, spans, ids)[-1:]), model.device)
 
 
 def _hidden(model: Llama, kv: KVPages, spans: Sequence[Span], ids: Sequence[int]) -> torch.Tensor:
     at = torch.tensor([i for span in spans for i in range(span.start, span.end)], device=model.device)
-    return Runner(model, kv)._hidden(torch.tensor(ids, device=model.device), at, attend(kv, spans))
+    return Runner(model, kv).hidden(torch.tensor(ids, device=model.device), at, attend(kv, spans))
 
 
-def _pages(model: Llama, batch: int, positions: int) -> tuple[KVPages, list[range]]:
+def pages_for(model: Llama, batch: int, positions: int) -> tuple[KVPages, list[range]]:
+    """Blank pages, and a block table for each of so many sequences of so many positions."""
     each = -(-positions // PAGE)
     kv = KVPages(model.config, 1 + batch * each, PAGE, model.dtype, model.device)
     kv.blank(range(1 + batch * each))

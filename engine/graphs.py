@@ -7,6 +7,7 @@ sequences.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from engine.attention import KVPages, Look, Span, paged_look
 from llama.model import Llama
+
+log = logging.getLogger("promptstitch.engine")
 
 SIZES = (1, 2, 4, 8, 16)  # of batches; from there on every multiple of the last
 FIELDS = 4  # of a token beside its block table: id, position, slot, how much it sees
@@ -104,8 +107,12 @@ def capturing() -> Capture:
 
 @torch.inference_mode()
 def decode_graphs(model: Llama, kv: KVPages, most: int, context: int) -> DecodeGraphs | None:
-    """On CUDA, where there is Triton; None elsewhere."""
+    """On CUDA, where there is Triton and the model's steps can be captured; None elsewhere."""
     look = paged_look(kv)
     if look is None:
         return None
-    return DecodeGraphs(model, kv, most, -(-context // kv.page_size), look, capturing())
+    try:
+        return DecodeGraphs(model, kv, most, -(-context // kv.page_size), look, capturing())
+    except RuntimeError:  # a layer that waits for the device, or no memory left
+        log.warning("decoding steps cannot be captured; each is launched kernel by kernel", exc_info=True)
+        return None

@@ -59,7 +59,7 @@ class Runner:
             return StepOutput(self._graphs.logits(tokens, spans), [])
         ids = self._tensor(tokens)
         positions = self._tensor([at for span in spans for at in range(span.start, span.end)])
-        return self._logits(self._hidden(ids, positions, attend(self.kv, spans)), chunks, spans)
+        return self._logits(self.hidden(ids, positions, attend(self.kv, spans)), chunks, spans)
 
     def _fill(self, block: Block, prompt: SoftPrompt) -> None:
         kept, pages = self._kept, block.pages
@@ -72,7 +72,7 @@ class Runner:
         if kept is not None:
             kept.keep(block.key, self.kv.dump(pages))
 
-    def _hidden(self, ids: Tensor, positions: Tensor, attention: Attend) -> Tensor:
+    def hidden(self, ids: Tensor, positions: Tensor, attention: Attend) -> Tensor:
         """ids, positions (T,) → (T, H) after the last norm."""
         model, x = self.model, self.model.embed(ids)
         hidden: Tensor

@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import math
 from collections.abc import Iterator, Sequence
+from functools import cache
 from types import ModuleType
 
 import torch
@@ -29,12 +30,29 @@ def scale_dtype(compute: torch.dtype) -> torch.dtype:
     return torch.bfloat16 if compute == torch.bfloat16 else torch.float32
 
 
-def coded(x: Tensor, group: int, k: int) -> ModuleType | None:
-    """`llama.coded`, if it multiplies x (T, K) by rows in groups of so many: on CUDA, few rows, where Triton is."""
-    if x.device.type != "cuda" or len(x) > KERNEL_ROWS or importlib.util.find_spec("triton") is None:
+@cache
+def _triton() -> ModuleType | None:
+    """Products with codes on CUDA; None where there is no Triton, as there may not be where there is no CUDA."""
+    return importlib.import_module("llama.coded") if importlib.util.find_spec("triton") else None
+
+
+def coded(
+    x: Tensor,
+    codes: Tensor,
+    scales: Tensor,
+    offsets: Tensor | None,
+    values: Tensor | None,
+    bias: Tensor | None,
+    shape: tuple[int, int],
+    bits: int,
+) -> Tensor | None:
+    """As `llama.coded.multiply`, if that takes x: on CUDA, few rows, where Triton is. Else None."""
+    if x.device.type != "cuda" or len(x) > KERNEL_ROWS or (ours := _triton()) is None:
         return None
-    ours = importlib.import_module("llama.coded")  # not before: whoever has no CUDA may have no Triton
-    return ours if ours.takes(group, k) else None
+    if not ours.takes(shape[0] * shape[1] // scales.numel(), shape[1]):
+        return None
+    y: Tensor = ours.multiply(x, codes, scales, offsets, values, bias, shape, bits)
+    return y
 
 
 class PackedLinear(OpaqueLinear):
@@ -112,6 +130,7 @@ class CodebookLinear(PackedLinear):
     codes: Tensor  # (N * K / 2,) uint8
     scales: Tensor  # (N * K / block,)
     offsets: Tensor | None
+    values: Tensor | None  # (16,) fp32, or two's complement
     pairs: Tensor  # (256,) int64: for each byte its two fp32 values, so that one look-up serves two weights
 
     def __init__(
@@ -139,7 +158,8 @@ class CodebookLinear(PackedLinear):
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("offsets", torch.zeros_like(scales) if with_offsets else None, persistent=False)
         self.register_buffer("pairs", pairs.to(device), persistent=False)
-        self.looked_up = tuple(values) != TWOS_COMPLEMENT
+        looked_up = None if tuple(values) == TWOS_COMPLEMENT else table.to(device)
+        self.register_buffer("values", looked_up, persistent=False)
 
     def fill(self, start: int, codes: Tensor, scales: Tensor, offsets: Tensor | None = None) -> None:
         n, k = codes.shape
@@ -151,13 +171,9 @@ class CodebookLinear(PackedLinear):
             self.offsets[blocks] = offsets.flatten()
 
     def product(self, x: Tensor) -> Tensor:
-        ours = coded(x, self.block, self.in_features)
-        if ours is None:
-            return super().product(x)
-        values = self.pairs[:16].view(torch.float32)[1::2].contiguous() if self.looked_up else None
         shape = (self.out_features, self.in_features)
-        y: Tensor = ours.multiply(x, self.codes, self.scales, self.offsets, values, self.bias, shape, 4)
-        return y
+        y = coded(x, self.codes, self.scales, self.offsets, self.values, self.bias, shape, 4)
+        return super().product(x) if y is None else y
 
     def rows(self, start: int, stop: int) -> Tensor:
         k = self.in_features
@@ -214,12 +230,9 @@ class Int8Linear(PackedLinear):
     def product(self, x: Tensor) -> Tensor:
         if self.kernel and x.shape[0] <= KERNEL_ROWS:
             return self.biased(torch._weight_int8pack_mm(x.contiguous(), self.codes, self.scales.flatten()))
-        ours = coded(x, self.in_features // self.scales.shape[1], self.in_features)
-        if ours is None:
-            return super().product(x)
         shape = (self.out_features, self.in_features)
-        y: Tensor = ours.multiply(x, self.codes, self.scales, self.offsets, None, self.bias, shape, 8)
-        return y
+        y = coded(x, self.codes, self.scales, self.offsets, None, self.bias, shape, 8)
+        return super().product(x) if y is None else y
 
     def rows(self, start: int, stop: int) -> Tensor:
         weight = self.codes[start:stop].float().view(stop - start, self.scales.shape[1], -1)

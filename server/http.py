@@ -13,7 +13,7 @@ MAX_HEADER_BYTES = 32 * 1024
 
 
 class BoundedProtocol(HttpToolsProtocol):
-    """A client that has sent no whole head `header_seconds` after it began, or connected, is cut off."""
+    """A client that has sent no whole head `header_seconds` after it connected, or was free to begin, is cut off."""
 
     header_seconds = 30.0
     _deadline: asyncio.TimerHandle | None = None
@@ -25,17 +25,20 @@ class BoundedProtocol(HttpToolsProtocol):
         self._await_head()
 
     def data_received(self, data: bytes) -> None:
-        if self._deadline is None and not self._behind_head:
-            self._await_head()
-        super().data_received(data)
-        if self._deadline is not None:
+        if not self._behind_head:
             self._waited_for += len(data)
-            if self._waited_for > MAX_HEADER_BYTES:
+            if self._deadline is None and not self._answering():
+                self._await_head()
+        super().data_received(data)
+        if self._waited_for > MAX_HEADER_BYTES and not self.transport.is_closing():
+            if self._answering():
+                self._cut_off()  # another answer would stand in the midst of that one
+            else:
                 self.send_400_response("The head of the request is too long.")
 
     def on_headers_complete(self) -> None:
         self._cancel()
-        self._behind_head = True
+        self._behind_head, self._waited_for = True, 0
         super().on_headers_complete()
 
     def on_message_complete(self) -> None:
@@ -46,8 +49,10 @@ class BoundedProtocol(HttpToolsProtocol):
         self._cancel()
         super().connection_lost(exc)
 
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
     def _await_head(self) -> None:
-        self._waited_for = 0
         self._deadline = self.loop.call_later(self.header_seconds, self._cut_off)
 
     def _cut_off(self) -> None:

@@ -8,6 +8,7 @@ from support import tiny
 from support.drive import ask
 
 from engine import engine as module
+from engine import graphs
 from engine.attention import KVPages, PagedAttention, Span, look
 from engine.engine import LocalEngine
 from engine.graphs import DecodeGraphs, decode_graphs, sizes
@@ -62,6 +63,15 @@ def test_sizes_reach_the_largest_batch():
 
 
 def test_there_are_none_without_cuda(model):
+    assert decode_graphs(model, pages(model), 4, 64) is None
+
+
+def test_a_step_that_cannot_be_captured_is_launched(model, monkeypatch):
+    def refuse():
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "paged_look", lambda kv: look)
+    monkeypatch.setattr(graphs, "capturing", lambda: lambda step: refuse())
     assert decode_graphs(model, pages(model), 4, 64) is None
 
 

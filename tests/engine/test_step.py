@@ -39,7 +39,7 @@ def check(llama, spans=SPANS) -> None:
         attention = attend(kv, spans)
         assert isinstance(attention, NativeAttention)
         with torch.inference_mode():
-            found.append((runner._hidden(ids, positions, attention), kv.keys, kv.values))
+            found.append((runner.hidden(ids, positions, attention), kv.keys, kv.values))
     for one, other in zip(*found, strict=True):
         assert torch.equal(one, other)
 

@@ -1,5 +1,6 @@
 """Below the routes: heads and bodies that are too large, too slow or half, and what stands in every answer."""
 
+import contextlib
 import socket
 import threading
 import time
@@ -144,6 +145,41 @@ def test_a_request_that_takes_longer_than_its_head_may(strict):
     strict.engine.step_seconds = 0.1
     try:
         assert strict.client.post("/v1/generate", json={"text": "hi", "max_tokens": 10}).status_code == 200
+    finally:
+        strict.engine.step_seconds = 0
+
+
+STREAM = b'{"text": "hi", "max_tokens": 10, "stream": true}'
+STREAMED = HEAD + b"Content-Length: %d\r\n\r\n%s" % (len(STREAM), STREAM)
+
+
+@pytest.mark.parametrize("more", [b"\r\n", b"GET /livez HT"])
+def test_what_follows_a_request_does_not_cut_its_answer_off(strict, more):
+    """The next head's deadline began with its first byte, whatever was still being answered."""
+    strict.engine.step_seconds = 0.1
+    try:
+        with socket.create_connection(("127.0.0.1", strict.port), timeout=5) as connection:
+            connection.sendall(STREAMED)
+            time.sleep(0.1)
+            connection.sendall(more)
+            answer = b""
+            while not answer.endswith(b"0\r\n\r\n") and (piece := connection.recv(65536)):
+                answer += piece
+        assert answer.count(b"[DONE]") == 1
+    finally:
+        strict.engine.step_seconds = 0
+
+
+def test_a_head_behind_an_answer_under_way_is_bounded(strict):
+    strict.engine.step_seconds = 0.1
+    try:
+        with socket.create_connection(("127.0.0.1", strict.port), timeout=5) as connection:
+            connection.sendall(STREAMED)
+            started, sent = time.monotonic(), 0
+            with contextlib.suppress(OSError):
+                while sent < 64_000_000 and time.monotonic() < started + 5:
+                    sent += connection.send(b"GET / HTTP/1.1\r\nX: " if sent == 0 else b"a" * 1024)
+        assert sent < 64_000_000
     finally:
         strict.engine.step_seconds = 0
 
