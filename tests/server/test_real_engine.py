@@ -135,11 +135,10 @@ def test_pages_come_back_when_clients_go(real):
     assert real.engine.stats().pages_used == 0
     assert got == [alone] * 8
     aborted = Counter(real.engine.stats().aborted) - before
-    print(
-        f"{LEAVING} hung up: {dict(aborted)}, {finished(real) - done - 8:.0f} answered, all back {time.monotonic() - gone:.2f} s after the last"
-    )
+    answered = finished(real) - done - 8
+    print(f"{LEAVING} hung up: {dict(aborted)}, all back {time.monotonic() - gone:.2f} s after the last")
     # All others were cut off: most in the engine, some before they came to it; a few had their answer before they left.
-    assert 8 <= finished(real) - done <= 8 + LEAVING // 8
+    assert 0 <= answered <= LEAVING // 8
     assert aborted.total() > LEAVING / 2
     assert {"queued", "decode"} <= set(aborted)  # the prefill of so small a model is quick; see below
 
