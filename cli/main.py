@@ -12,6 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from cli import (
+    answers,
     bench,
     compress,
     convert,
@@ -85,6 +86,7 @@ app.command()(generate.generate)
 app.command()(info.info)
 app.command()(compress.compress)
 app.command()(evaluate.evaluate)
+app.command()(answers.answers)
 app.command()(learn.learn)
 app.command()(recover.recover)
 app.command()(matrix.matrix)

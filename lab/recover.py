@@ -152,6 +152,7 @@ def planned(order: Order, splits: Splits, places: Places, data: str) -> Plan:
 
     Raises LearnError, DataError, ModelError.
     """
+    order = replace(order, recipe=order.recipe.over(splits.parts["learn"]))
     stored = identify(order.model, base=order.base)
     if order.level is None and stored.level == "dense":
         raise LearnError(f"{order.model} is dense; say which level it is to be compressed to, --level w3g64")

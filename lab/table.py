@@ -169,7 +169,7 @@ def _cells(run: Any, told: Mapping[str, Any]) -> list[Cell]:
         recipe = _recipe(name, kind, _table(told, "recipes"))
         how = (allocation, embedding)
         if level == DENSE:
-            recipe, how = replace(recipe, distil=0.0), (ALLOCATIONS[0], EMBEDDINGS[0])
+            recipe, how = replace(recipe, distil=0.0, distil_tasks=None), (ALLOCATIONS[0], EMBEDDINGS[0])
         found.append(Cell(level, kind, name, task, seed, recipe, _budget(run, told, recipe), *how))
     return found
 

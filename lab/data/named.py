@@ -4,6 +4,7 @@
     wikitext2     articles of WikiText-2; parts train and validation
     banking77     bank customers' questions and what they are after; parts train and test
     boolq         a passage, a question and yes or no; parts train and validation
+    piqa, openbookqa, arc_easy, boolq, gsm8k, banking77: their part questions is what is asked in training data, alone
 
 `name/part` is one part. The tasks among them are written as lm-eval writes them, so that what is learned on a task is
 what the harness asks. Knows where data lies; knows no splits.
@@ -37,7 +38,7 @@ class Source:
     local: str  # pattern
     repo: str
     file: str
-    make: Callable[[Record, str], Document]
+    make: Callable[[Record, str], Document | None]  # None: a record to pass over
     revision: str = CONVERTED
 
 
@@ -55,6 +56,20 @@ def _intent(row: Record, where: str) -> Document:
     return Document(str(row.get("id", where)), text=asked, completion=f" {label}")
 
 
+def _asked(row: Record, where: str) -> Document | None:
+    """A whole question as a person would ask it: the first of the fields that these data sets ask in."""
+    names = ("question", "goal", "question_stem", "text", "context")
+    text = str(next(row[name] for name in names if name in row)).strip()
+    if "passage" in row or ("context" in row and "question" in row):  # BoolQ has none of its marks
+        text = f"{text.removesuffix('?')}?"
+    text = text[:1].upper() + text[1:]
+    return Document(str(row.get("id", where)), text=text) if text.endswith("?") else None
+
+
+def _questions(local: str, repo: str, file: str) -> Source:
+    return Source(local, repo, file, _asked)
+
+
 SOURCES: Mapping[str, Source] = MappingProxyType(
     {
         "c4": Source("c4/*.jsonl", "allenai/c4", "en/c4-validation.00000-of-00008.json.gz", document, "main"),
@@ -70,6 +85,12 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "boolq/validation": Source(
             "boolq/validation*.jsonl", "google/boolq", "default/validation/0000.parquet", _passage
         ),
+        "boolq/questions": _questions("boolq/train*.jsonl", "google/boolq", "default/train/0000.parquet"),
+        "banking77/questions": _questions("banking77/train*.jsonl", "mteb/banking77", "default/train/0000.parquet"),
+        "piqa/questions": _questions("piqa/train*.jsonl", "ybisk/piqa", "plain_text/train/0000.parquet"),
+        "openbookqa/questions": _questions("openbookqa/train*.jsonl", "allenai/openbookqa", "main/train/0000.parquet"),
+        "arc_easy/questions": _questions("arc_easy/train*.jsonl", "allenai/ai2_arc", "ARC-Easy/train/0000.parquet"),
+        "gsm8k/questions": _questions("gsm8k/train*.jsonl", "openai/gsm8k", "main/train/0000.parquet"),
     }
 )
 ALIASES = MappingProxyType(
@@ -110,9 +131,11 @@ def _documents(file: Path, source: Source) -> Iterator[Document]:
         )
         for line, row in rows:
             try:
-                yield source.make(row, f"{file.name}:{line}")
-            except (KeyError, IndexError, TypeError) as error:
+                made = source.make(row, f"{file.name}:{line}")
+            except (KeyError, IndexError, TypeError, StopIteration) as error:
                 raise DataError(f"{file}, line {line}: {error} is not as in {source.repo}") from error
+            if made is not None:
+                yield made
 
 
 def articles(text: str, name: str) -> Iterator[Document]:

@@ -6,7 +6,7 @@ Knows data, recipes and identities; knows no tensor of a model.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,7 @@ class Plan:
 
 def planned(order: Order, splits: Splits) -> Plan:
     """The order with its windows cut. Raises LearnError, DataError, ModelError, BadReference, BadLevel."""
+    order = replace(order, recipe=order.recipe.over(splits.parts["learn"]))
     if order.task is not None:
         check_task(order.task)
     device = choose_device(order.device)

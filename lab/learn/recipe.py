@@ -1,6 +1,6 @@
 """How a prompt is learned, as plain configuration: `paper`, `default`, or a TOML or JSON file like theirs.
 
-Any value may be a table by kind (`lr = {rows = 1e-2, kv = 2e-2}`). Knows no model and no data.
+Any value may be a table by kind (`lr = {rows = 1e-2, kv = 2e-2}`). Knows no model and no windows.
 """
 
 from __future__ import annotations
@@ -8,12 +8,13 @@ from __future__ import annotations
 import json
 import math
 import tomllib
-from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from lab.data.documents import Document
 from lab.errors import RunError
 
 Kind = Literal["rows", "kv", "lora", "norms"]
@@ -32,9 +33,10 @@ class Recipe:
 
     `positions` N of the prompt, of LoRA the rank; `init` see `lab.learn.start`; `window` text tokens; `batch` windows a
     step, of which `micro` are computed at once (0: all); `warmup` and `nested` shares of the steps; `clip` the largest
-    norm of a gradient (0: any); `distil` the share of KL(dense ‖ model) in the loss; `ema` the decay of the average
-    that is selected and kept (0: the last step itself); `tokens` the length of a run that is given no budget;
-    `recompute` trades a third more time for the memory of activations.
+    norm of a gradient (0: any); `distil` the share of KL(dense ‖ model) in the loss, `distil_tasks` the same where data
+    is prompts and completions (None: as `distil`): what the dense model does not know either it cannot teach; `ema` the
+    decay of the average that is selected and kept (0: the last step itself); `tokens` the length of a run that is given
+    no budget; `recompute` trades a third more time for the memory of activations.
     """
 
     positions: int
@@ -51,6 +53,7 @@ class Recipe:
     tokens: int
     selections: int
     select_windows: int
+    distil_tasks: float | None = None
     micro: int = 0
     beta1: float = 0.9
     beta2: float = 0.999
@@ -60,15 +63,18 @@ class Recipe:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if field.type == "float" and type(value) is int:
+            kind = field.type.removesuffix(" | None")
+            if value is None and kind != field.type:
+                continue
+            if kind == "float" and type(value) is int:
                 object.__setattr__(self, field.name, float(value))
-            elif type(value).__name__ != field.type:
+            elif type(value).__name__ != kind:
                 raise LearnError(f"recipe: {field.name} must be {field.type}, got {value!r}")
             if isinstance(value, float) and not math.isfinite(value):
                 raise LearnError(f"recipe: {field.name} must be finite, got {value}")
         for name, low, high in _BOUNDS:
-            if not low <= getattr(self, name) <= high:
-                raise LearnError(f"recipe: {name} must be from {low:g} to {high:g}, got {getattr(self, name)}")
+            if (value := getattr(self, name)) is not None and not low <= value <= high:
+                raise LearnError(f"recipe: {name} must be from {low:g} to {high:g}, got {value}")
         if self.decay not in DECAYS:
             raise LearnError(f"recipe: decay must be one of {', '.join(DECAYS)}, got {self.decay!r}")
 
@@ -80,9 +86,16 @@ class Recipe:
         gone = (step - warm) / max(1, steps - warm)
         return {"linear": 1 - gone, "cosine": 0.5 * (1 + math.cos(math.pi * gone)), "none": 1.0}[self.decay]
 
+    def over(self, documents: Sequence[Document]) -> Recipe:
+        """For this data: `distil` is the one that holds for it, and `distil_tasks` has been heard."""
+        share = self.distil_tasks
+        if share is None or any(document.completion is None for document in documents):
+            share = self.distil
+        return replace(self, distil=share, distil_tasks=None)
+
     def told(self) -> dict[str, Any]:
-        """As JSON."""
-        return asdict(self)
+        """As JSON; what says nothing is left out."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
 
 _BOUNDS: tuple[tuple[str, float, float], ...] = (
@@ -94,6 +107,7 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
     ("warmup", 0, 1),
     ("clip", 0, 1e9),
     ("distil", 0, 1),
+    ("distil_tasks", 0, 1),
     ("nested", 0, 1),
     ("ema", 0, 0.99999),
     ("tokens", 1, 1e15),
@@ -106,7 +120,8 @@ _BOUNDS: tuple[tuple[str, float, float], ...] = (
 
 
 def read_recipe(name: str, kind: Kind, changes: Mapping[str, Any]) -> Recipe:
-    """The built-in recipe of this name, or the one in this file, for one kind, with some values changed.
+    """The built-in recipe of this name, or the one in this file, for one kind, with some values changed. A `distil`
+    among the changes holds for all data.
 
     Raises LearnError naming the field.
     """
@@ -115,7 +130,8 @@ def read_recipe(name: str, kind: Kind, changes: Mapping[str, Any]) -> Recipe:
         values = tomllib.loads(text)
     else:
         values = _from_file(Path(name).expanduser())
-    values = {field: _of_kind(name, field, value, kind) for field, value in values.items()} | dict(changes)
+    values = {field: _of_kind(name, field, value, kind) for field, value in values.items()}
+    values |= ({"distil_tasks": None} if "distil" in changes else {}) | dict(changes)
     known = {field.name: field.default is MISSING for field in fields(Recipe)}
     if odd := sorted(values.keys() - known.keys()):
         raise LearnError(f"recipe {name}: {odd[0]} is not known; known are {', '.join(known)}")

@@ -149,6 +149,25 @@ def test_names_are_looked_up_in_the_users_folder(file, tmp_path, monkeypatch):
     assert (passage.text, passage.completion) == ("T -- p\nQuestion: is it?\nAnswer:", " yes")
 
 
+def test_questions_are_whole_and_alone(file, tmp_path):
+    """As the local files ask them, and as the Hub's do; half a sentence to be gone on with is none."""
+    stems = [{"question": "what swims?"}, {"question_stem": "Fish live in"}, {"question_stem": "Who flies?"}]
+    file("openbookqa/train.jsonl", stems)
+    file("boolq/train.jsonl", [{"context": "T -- p", "question": "is it"}, {"passage": "p", "question": "can it"}])
+    file("banking77/train.jsonl", [{"context": "Where is it?", "label": "card_arrival"}])
+    file("piqa/train.jsonl", [{"goal": "How do I sew?"}, {"goal": "To sew,"}, {"other": 1}])
+    asked = {name: documents(f"{name}/questions", tmp_path) for name in ("openbookqa", "boolq", "banking77")}
+    texts = {name: [each.text for each in found] for name, found in asked.items()}
+    assert texts == {
+        "openbookqa": ["What swims?", "Who flies?"],
+        "boolq": ["Is it?", "Can it?"],
+        "banking77": ["Where is it?"],
+    }
+    assert all(each.completion is None for found in asked.values() for each in found)
+    with pytest.raises(DataError, match="line 3"):
+        documents("piqa/questions", tmp_path)
+
+
 def test_names_that_are_not_at_hand_come_from_the_hub(file, tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet

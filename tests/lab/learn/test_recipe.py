@@ -4,6 +4,7 @@ import pytest
 import torch
 from support.learning import random_windows, small_recipe
 
+from lab.data.documents import Document, Turn
 from lab.learn.budget import POOL, Budget, parse_budget, pool, steps_in, steps_of
 from lab.learn.recipe import KINDS, LearnError, parse_change, read_recipe
 
@@ -28,9 +29,8 @@ def test_a_value_may_differ_by_kind():
 @pytest.mark.parametrize("suffix", ["toml", "json"])
 def test_a_file_is_a_recipe(suffix, tmp_path):
     import json
-    from dataclasses import asdict
 
-    fields = asdict(small_recipe()) | {"lr": 0.5}
+    fields = small_recipe().told() | {"lr": 0.5}
     text = json.dumps(fields) if suffix == "json" else "".join(f"{k} = {json.dumps(v)}\n" for k, v in fields.items())
     file = tmp_path / f"mine.{suffix}"
     file.write_text(text)
@@ -119,3 +119,22 @@ def test_the_pool_is_whole_epochs_worth_and_the_same_for_like_runs():
     assert pool(65, learn, recipe) == 2 * POOL
     assert pool(10**6, learn, recipe) == 1000
     assert torch.equal(learn.select(torch.arange(POOL)).ids, learn.ids[:POOL])
+
+
+def test_completions_are_not_distilled_from_a_model_that_does_not_know_the_task():
+    """Banking77 on w4g64-s50 kept 75 % of what the same prompt gains on the dense model, boolq 66 %, when the dense
+    model's own guesses at the labels were most of the loss."""
+    text, task = Document("a", text="words"), Document("b", text="asked", completion=" answer")
+    chat = Document("c", turns=(Turn("user", "Hi"), Turn("assistant", "Hello")))
+    recipe = read_recipe("default", "kv", {})
+    assert recipe.over([task, task]).distil == 0.0
+    for documents in ([text], [chat], [task, text]):
+        assert recipe.over(documents).distil == recipe.distil == 0.8
+    assert recipe.over([task]).over([text]).distil == 0.0  # decided once
+
+
+def test_a_share_that_is_asked_for_holds_for_completions_too():
+    task = Document("b", text="asked", completion=" answer")
+    assert read_recipe("default", "kv", {"distil": 0.5}).over([task]).distil == 0.5
+    assert read_recipe("default", "kv", {"distil_tasks": 0.3}).over([task]).distil == 0.3
+    assert read_recipe("paper", "rows", {}).over([task]).distil == 0.0
