@@ -4,8 +4,8 @@
 
 To decode one sequence every weight must be read once, so its roof is the rate at which this device copies memory;
 of 64 sequences, and of prefill, it is that or the rate of a large product, whichever takes longer. Both are
-measured in the same run. What is timed is what the engine does for a step, from token ids to logits. Knows models
-and pages; knows no server.
+measured in the same run, and so are transformers with bitsandbytes. What is timed is what the engine does for a step,
+from token ids to logits. Knows models and pages; knows no server.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.machine import describe
+from bench.quantised_peer import nf4_model, seconds_a_token
 from engine.attention import KVPages, Span, attend
 from engine.graphs import decode_graphs
 from engine.runner import Runner
@@ -116,6 +117,10 @@ def measure(config: LlamaConfig, device: torch.device, side: int = 8192, text: i
             speeds[batch] = took
             share = least(batch, batch * text * pages) / took
             found.append(Figure(f"decode, {batch} at once", level, took * 1e3, share, must))
+        if level != "bf16":
+            theirs = seconds_a_token(nf4_model(config, device), text, min(TRIES, 5))
+            what = "1 at once beside transformers with bitsandbytes"
+            found.append(Figure(what, "nf4", theirs * 1e3, theirs / speeds[1], 10.0))
         stitched = _decode(model, 64, text + ROWS)
         found.append(Figure(f"64 at once behind {ROWS} rows", level, stitched * 1e3, speeds[64] / stitched, 0.97))
         took = _prefill(model, 4 * text)
