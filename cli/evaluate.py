@@ -238,7 +238,7 @@ def _text(
     steps: Steps,
 ) -> dict[str, Any]:
     """All conditions on the text."""
-    from lab.data.documents import digest
+    from lab.data.documents import digest, form
     from lab.data.windows import cut
     from lab.evaluate.conditions import conditions
     from lab.evaluate.score import NotFiniteLoss
@@ -251,7 +251,13 @@ def _text(
         )
     windows = cut(texts, tokenizer, asked.window, bos=prompt.bos if prompt else None)
     told: dict[str, Any] = {
-        "text": {"source": asked.text, "digest": digest(texts), "documents": len(texts), "left_out": windows.left_out},
+        "text": {
+            "source": asked.text,
+            "digest": digest(texts),
+            "form": form(texts),
+            "documents": len(texts),
+            "left_out": windows.left_out,
+        },
         "split": asked.part,
         "window": asked.window,
         "windows": len(windows),

@@ -13,7 +13,7 @@ from typing import Any
 
 from safetensors.torch import load_file
 
-from lab.data.documents import Document, digest
+from lab.data.documents import Document, digest, form
 from lab.data.windows import Windows
 from lab.evaluate.conditions import Conditions, conditions, of_dense
 from lab.evaluate.controls import Choice, untrained
@@ -207,6 +207,7 @@ def _where(material: Material, models: Models, served: LoadedModel, windows: Win
         "text": {
             "source": sample.data,
             "digest": digest(material.documents),
+            "form": form(material.documents),
             "documents": len(set(windows.document.tolist())),
         },
         "split": sample.split,

@@ -61,6 +61,12 @@ class Document:
         return f"words:{hashlib.sha256(' '.join(normalised(self.words)).encode()).hexdigest()[:32]}"
 
 
+def form(documents: Sequence[Document]) -> str:
+    """`text`, `completion` or `chat` where all are that, else `mixed`."""
+    found = {"chat" if each.turns else "text" if each.completion is None else "completion" for each in documents}
+    return found.pop() if len(found) == 1 else "mixed"
+
+
 def normalised(text: str) -> list[str]:
     """Its words, whatever their case and what stands between them."""
     return re.findall(r"\w+", text.lower())

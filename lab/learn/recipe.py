@@ -14,7 +14,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from lab.data.documents import Document
+from lab.data.documents import Document, form
 from lab.errors import RunError
 
 Kind = Literal["rows", "kv", "lora", "norms"]
@@ -89,7 +89,7 @@ class Recipe:
     def over(self, documents: Sequence[Document]) -> Recipe:
         """For this data: `distil` is the one that holds for it, and `distil_tasks` has been heard."""
         share = self.distil_tasks
-        if share is None or any(document.completion is None for document in documents):
+        if share is None or form(documents) != "completion":
             share = self.distil
         return replace(self, distil=share, distil_tasks=None)
 

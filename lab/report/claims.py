@@ -58,6 +58,12 @@ class Claim:
         return f"{name}, all of it" if self.told.get("split", WHOLE) == WHOLE else name
 
     @property
+    def of_a_task(self) -> bool:
+        """Whether the text is prompts with completions, which the dense model alone cannot be expected to know."""
+        text = self.told.get("text")
+        return isinstance(text, Mapping) and text.get("form") == "completion"
+
+    @property
     def data_digest(self) -> str | None:
         text = self.told.get("text")
         return str(text["digest"]) if isinstance(text, Mapping) and "digest" in text else None

@@ -48,7 +48,7 @@ COLUMNS = (
 
 def recovery_section(found: Sequence[Claim], sources: Sources) -> Section:
     """The headline."""
-    shown = prompted(found)
+    shown = [claim for claim in prompted(found) if not claim.of_a_task]
     rows = [row for group in groups(shown) for row in _rows(group, sources)]
     table = Table("What a prompt brings back", COLUMNS, rows, _notes(shown))
     x: Mapping[str, Callable[[Claim], float | None]] = {
@@ -67,7 +67,7 @@ def plain_section(found: Sequence[Claim], sources: Sources) -> Section:
     by_bytes = sorted(found, key=lambda c: (c.disk_bytes or c.told.get("bytes") or 0, c.level))
     for claim in by_bytes:
         perplexity = _without(claim)
-        if perplexity is None:
+        if perplexity is None or claim.of_a_task:
             continue
         gap = claim.measure("gap") or (estimate(claim.told.get("nll_above_dense")) if not claim.prompt else None)
         kl = claim.measure("kl") or (estimate(claim.told.get("kl")) if not claim.prompt else None)
@@ -135,10 +135,11 @@ def tasks_section(found: Sequence[Claim], sources: Sources) -> Section:
 def _kept(found: Sequence[Claim], sources: Sources) -> Table:
     rows = []
     for claim in prompted(found):
-        if (kept := claim.measure("kept")) is None or claim.learned is None:
+        if (kept := claim.measure("kept")) is None or claim.learned is None or not claim.of_a_task:
             continue
         names = ("dense_perplexity", "dense_prompted_perplexity", "perplexity")
-        perplexities = " / ".join(number(claim.told.get(name)) for name in names)
+        perplexities = [number(claim.told.get(name)) for name in names]
+        perplexities.insert(2, number(_without(claim)))
         task = str(claim.learned.figures.get("task") or "-")
         rows.append(
             [
@@ -148,13 +149,24 @@ def _kept(found: Sequence[Claim], sources: Sources) -> Table:
                 task,
                 claim.data,
                 share(kept),
-                perplexities,
+                " / ".join(perplexities),
                 sources.cite(claim.record),
             ]
         )
-    columns = ("level", "method", "prompt", "task", "data", "kept", "perplexity dense / with its own / ours", "source")
+    columns = (
+        "level",
+        "method",
+        "prompt",
+        "task",
+        "data",
+        "kept",
+        "perplexity dense / with its own / level / ours",
+        "source",
+    )
     note = (
-        "Of what an equal prompt gains on the dense model, in nats; where that is less than can be told, no row stands."
+        "Of what an equal prompt gains on the dense model, in nats; where that is too little, no row stands. "
+        "Perplexity is of the completions alone. The dense model without a prompt does not know a task, so "
+        "nothing is held against it."
     )
     return Table("What compressed + prompt keeps of the gain of dense + prompt", columns, rows, (note,))
 

@@ -157,6 +157,23 @@ def test_a_small_gap_has_no_percentage(whole):
     assert column(found, "not worse")[-1] == "no"
 
 
+def test_a_task_is_held_against_what_dense_gains_and_not_against_dense_alone(whole):
+    """The dense model alone cannot do a task: shares of its gap in thousands of percent once headed the page."""
+    whole.learned(2, task="boolq")
+    text = {"source": "boolq", "digest": digest("b"), "form": "completion"}
+    figures = evaluation(
+        PROMPTS[2], W4, "w4g64", text=text, split="report", dense_prompted_perplexity=1.39, perplexity=1.41
+    )
+    whole.evaluated("task", **figures, recovery={**recovery(8.5, -13.2), "kept": told(0.99)})
+    found = page(whole)
+    assert "boolq" not in column(table(found, "What a prompt brings back"), "data")
+    assert "boolq" not in column(table(found, "By bytes"), "data")
+    kept = table(found, "What compressed + prompt keeps of the gain of dense + prompt")
+    assert column(kept, "data") == ["boolq"]
+    assert column(kept, "kept") == ["99.0 % [98.0, 100.0]"]
+    assert column(kept, "perplexity dense / with its own / level / ours") == ["59.83 / 1.39 / 402.17 / 1.41"]
+
+
 def test_what_was_not_measured_is_a_gap_that_is_seen(whole):
     found = page(whole)
     assert set(column(table(found, "What a prompt brings back"), "(b) net of dense")[:3]) == {GAP}
