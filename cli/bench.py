@@ -36,7 +36,9 @@ Model = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="Checkpoint folder or pulled name: its tokenizer measures the texts.")
 ]
 Url = Annotated[str, typer.Option(help="Server, without /v1.")]
-Name = Annotated[str, typer.Option("--model", metavar="NAME", help="What the bare model is called there; else MODEL.")]
+Name = Annotated[
+    str, typer.Option("--model", metavar="NAME", help="The bare model is called so there; else as MODEL is served.")
+]
 Prompts = Annotated[str, typer.Option(metavar="NAMES", help="Prompts (`model` names), taken in turns: general,task@2.")]
 FormName = Annotated[
     Literal["named", "prefix", "embeds"],
@@ -86,6 +88,7 @@ def bench(
     from bench.load import Pace
     from bench.workload import Workload
     from cli.model import find_model
+    from llama.load import info
 
     wrong = (
         (hang_up and rate is None, "--hang-up is for a load by the clock: give --rate"),
@@ -101,7 +104,8 @@ def bench(
     folder = find_model(checkpoint)
     names: tuple[str | None, ...] = tuple(prompts.split(",")) if prompts else (None,)
     shape = Workload(requests, 1, max_tokens or 64, least_tokens, shortest, longest, names, zipf, seed)
-    target = _Target(url, key, _form(form, model or checkpoint, folder, prompt_dir), folder, corpus, stream, ttft)
+    asked = _form(form, model or info(folder).identity.name, folder, prompt_dir)
+    target = _Target(url, key, asked, folder, corpus, stream, ttft)
     rows = [
         _measured(target, replace(shape, seed=seed + i), Pace(many, rate, hang_up, seed=seed), as_json)
         for i, many in enumerate(_numbers(concurrency or "32"))

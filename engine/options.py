@@ -25,7 +25,7 @@ class EngineOptions:
     kv_bytes: int | None = None  # None = 2 GiB on the CPU, 90 % of the free memory on CUDA
     kept_folder: Path | None = None  # where prefixes of soft prompts are kept; None = nowhere
     kept_bytes: int = 1 << 30  # of them
-    max_running: int = 64  # sequences in a batch
+    max_running: int = 256  # sequences in a batch
     max_batch_tokens: int = 512  # computed in one step
     max_waiting: int = 512  # requests
     max_waiting_tokens: int = 1 << 20

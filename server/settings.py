@@ -100,7 +100,7 @@ class Settings(BaseSettings):
     )
     kv_folder: Path | None = Field(None, description="where they are kept, else `kv` beside the prompts' bytes")
     page_size: int = Field(16, ge=1, le=1024, description="tokens in a page")
-    max_running: int = Field(64, ge=1, le=4096, description="sequences in one batch")
+    max_running: int = Field(256, ge=1, le=4096, description="sequences in one batch")
     max_batch_tokens: int = Field(512, ge=16, le=65_536, description="tokens in one step, prefill and decode together")
     max_queue: int = Field(512, ge=1, le=1_000_000, description="requests that may wait")
     max_queued_tokens: Count = Field(1_000_000, description="text tokens that may wait")
