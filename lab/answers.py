@@ -11,7 +11,6 @@ import random
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -115,7 +114,8 @@ def _answered(
     told: SimpleQueue[tuple[int, Sequence[Event]]] = SimpleQueue()
     waiting, running = iter(left), dict[int, _Answer]()
     while True:
-        for at, each in islice(waiting, AT_ONCE - len(running)):
+        while len(running) < AT_ONCE and (following := next(waiting, None)):
+            at, each = following
             try:
                 engine.submit(_request(at, each, engine, params), partial(_put, told, at))
                 running[at] = _Answer()
@@ -138,7 +138,11 @@ def _answered(
 
 def _request(at: int, question: Question, engine: Engine, params: SamplingParams) -> GenerationRequest:
     seeded = replace(params, seed=None if params.seed is None else params.seed + at)
-    return GenerationRequest(f"question {at}", tuple(engine.tokenizer.encode_chat(question.messages)), None, seeded)
+    try:
+        ids = engine.tokenizer.encode_chat(question.messages)
+    except ValueError as error:  # no template, or one that takes no system's message
+        raise RunError(f"question {question.id} cannot be asked: {error}") from error
+    return GenerationRequest(f"question {at}", tuple(ids), None, seeded)
 
 
 def _put(told: SimpleQueue[tuple[int, Sequence[Event]]], at: int, events: Sequence[Event]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import SimpleNamespace
@@ -85,13 +87,13 @@ class Engine:
     """Answers at once; breaks at the question of this number, and finds one too long."""
 
     breaks: int = -1
-    long: int = -1
+    long: Collection[int] = ()
     asked: list[int] = field(default_factory=list)
     tokenizer = SimpleNamespace(encode_chat=lambda messages: [1])
 
     def submit(self, request, sink) -> None:
         at = int(request.request_id.split()[1])
-        if at == self.long:
+        if at in self.long:
             raise InvalidRequest("prompt", "too long")
         if at == self.breaks:
             return sink([RequestFailed("engine_error", "out of order")])
@@ -103,7 +105,7 @@ class Engine:
 def test_a_run_that_broke_off_asks_only_what_is_left(tmp_path):
     asked = questions([Document(f"q{at}", text=f"{at}?") for at in range(200)], None, 0)
     params = SamplingParams(max_tokens=4, temperature=0.0)
-    first, second = Engine(breaks=150), Engine(long=180)
+    first, second = Engine(breaks=150), Engine(long={180})
     with open_run(tmp_path / "run", {"a": 1}) as run, pytest.raises(RunError, match="out of order"):
         answer(asked, cast(Any, first), params, run, silent)
     with open_run(tmp_path / "run", {"a": 1}) as run:
@@ -112,3 +114,19 @@ def test_a_run_that_broke_off_asks_only_what_is_left(tmp_path):
     assert answers == {str(at): f"answer {at}" for at in range(200) if at != 180}
     assert len(first.asked) + len(second.asked) <= 199 + 32 + 64
     assert min(second.asked) > 100
+
+
+def test_many_that_are_too_long_do_not_end_the_asking(tmp_path):
+    asked = questions([Document(f"q{at}", text=f"{at}?") for at in range(100)], None, 0)
+    with open_run(tmp_path / "run", {"a": 1}) as run:
+        answers = answer(asked, cast(Any, Engine(long=range(90))), SamplingParams(), run, silent)
+    assert answers == {str(at): f"answer {at}" for at in range(90, 100)}
+
+
+def test_a_model_without_a_template_cannot_be_asked(cli, model, file, tmp_path):
+    plain = tmp_path / "plain"
+    shutil.copytree(model, plain)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        (plain / name).unlink(missing_ok=True)
+    told = cli("answers", plain, "--data", file, "--out", tmp_path / "chats.jsonl", *LOCAL)
+    assert (told.exit_code, "cannot be asked" in told.stderr) == (1, True), told.stderr
