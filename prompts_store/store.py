@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import contextlib
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sqlalchemy import URL, func, select
+from sqlalchemy.orm import Session
 
 from prompts_store import catalogue
 from prompts_store.aliases import Aliases, names_of
@@ -100,42 +102,47 @@ class PromptStore:
         """
         check_task(task)
         level = _agreed_level(file, level)
-        prompt, origin = file.prompt, file.provenance
-        data = encode_prompt(PromptFile(prompt))
+        data = encode_prompt(PromptFile(file.prompt))
         with self._database.write() as session:  # held over both, so that no delete takes the bytes away in between
-            blob = self._blobs.put(data)  # also where the version exists: it heals damaged bytes
-            if (existing := find_live(session, self.namespace, task, level, prompt.digest)) is not None:
-                return as_version(live_row(session, self.namespace, task, existing)), False
-            row = VersionRow(
+            return self._put(session, file, data, task, level, by)
+
+    def _put(
+        self, session: Session, file: PromptFile, data: bytes, task: str, level: str, by: Actor
+    ) -> tuple[Version, bool]:
+        prompt, origin = file.prompt, file.provenance
+        blob = self._blobs.put(data)  # also where the version exists: it heals damaged bytes
+        if (existing := find_live(session, self.namespace, task, level, prompt.digest)) is not None:
+            return as_version(live_row(session, self.namespace, task, existing)), False
+        row = VersionRow(
+            namespace=self.namespace,
+            task=task,
+            version=next_number(session, self.namespace, task),
+            level=level,
+            digest=prompt.digest,
+            live=1,
+            weights=origin.weights,
+            train=None if origin.train is None else dict(origin.train),
+            created=origin.created,
+            golden=None if origin.golden is None else origin.golden.text(),
+            uploaded_at=self.versions.now(),
+            uploaded_by=by.name,
+            prompt=PromptRow(
                 namespace=self.namespace,
-                task=task,
-                version=next_number(session, self.namespace, task),
-                level=level,
                 digest=prompt.digest,
-                live=1,
-                weights=origin.weights,
-                train=None if origin.train is None else dict(origin.train),
-                created=origin.created,
-                golden=None if origin.golden is None else origin.golden.text(),
-                uploaded_at=self.versions.now(),
-                uploaded_by=by.name,
-                prompt=PromptRow(
-                    namespace=self.namespace,
-                    digest=prompt.digest,
-                    kind=prompt.kind,
-                    base=prompt.base,
-                    shape=list(prompt.shape),
-                    bos=prompt.bos,
-                    chat_template=prompt.chat_template,
-                    blob=blob,
-                    size=len(data),
-                ),
-            )
-            if not is_known(session, self.namespace, prompt.digest):
-                insert(session, row.prompt)
-            insert(session, row)
-            self.audit.write(session, by, "version.create", f"{task}@{row.version}", None, prompt.digest)
-            return as_version(row), True
+                kind=prompt.kind,
+                base=prompt.base,
+                shape=list(prompt.shape),
+                bos=prompt.bos,
+                chat_template=prompt.chat_template,
+                blob=blob,
+                size=len(data),
+            ),
+        )
+        if not is_known(session, self.namespace, prompt.digest):
+            insert(session, row.prompt)
+        insert(session, row)
+        self.audit.write(session, by, "version.create", f"{task}@{row.version}", None, prompt.digest)
+        return as_version(row), True
 
     def delete(self, task: str, version: int, *, by: Actor = LOCAL) -> None:
         """Leave a tombstone; the bytes go with the last version that has them.
@@ -202,13 +209,19 @@ class PromptStore:
                 return Resolved(None, resolution)
             return Resolved(as_version(live_row(session, self.namespace, task, resolution.version)), resolution)
 
-    def seed(self, file: PromptFile, task: str, level: str | None = None) -> Version | None:
-        """Push into a store that never held a version; None where it did. Raises what `push` raises."""
-        with self._database.exclusive():
-            with self._database.read() as session:
-                if session.scalars(select(VersionRow.version).limit(1)).first() is not None:
-                    return None
-            return self.push(file, task, level, by=SEEDER)[0]
+    def seed(self, files: Sequence[PromptFile]) -> list[Version]:
+        """Push all of these, or none, into a store that never held a version; none where it did. A file's provenance
+        names its task and its level. Raises what `push` raises."""
+        for file in files:
+            check_task(str(file.provenance.task))
+        with self._database.write() as session:
+            if session.scalars(select(VersionRow.version).limit(1)).first() is not None:
+                return []
+            found = []
+            for file in files:
+                data, level = encode_prompt(PromptFile(file.prompt)), _agreed_level(file, None)
+                found.append(self._put(session, file, data, str(file.provenance.task), level, SEEDER)[0])
+            return found
 
     def stats(self) -> StoreStats:
         counts = select(func.count(VersionRow.task.distinct()), func.count())

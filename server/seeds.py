@@ -6,7 +6,7 @@ import logging
 
 from engine.api import Engine
 from prompts_store.errors import InvalidArtifact
-from prompts_store.file import read_prompt
+from prompts_store.file import PromptFile, read_prompt
 from prompts_store.store import PromptStore
 from server.golden import GoldenTests
 from server.settings import Settings
@@ -22,7 +22,7 @@ def seed(store: PromptStore, engine: Engine, settings: Settings, golden: GoldenT
     """
     if store.stats().versions:
         return
-    fresh = False
+    files: list[PromptFile] = []
     for path in settings.seed_prompts:
         try:
             file = read_prompt(path, limits_of(engine.info, settings))
@@ -32,13 +32,8 @@ def seed(store: PromptStore, engine: Engine, settings: Settings, golden: GoldenT
             logger.warning("seed prompt %s is for another base model and is left out", path.name)
             continue
         golden.accept(engine, file)
-        task = file.provenance.task
-        if task is None:
+        if file.provenance.task is None:
             raise InvalidArtifact("task_unknown", f"seed prompt {path.name} names no task", "task")
-        if not fresh:
-            fresh = store.seed(file, task) is not None
-            if not fresh:
-                return
-        else:
-            store.push(file, task)
-        logger.info("seeded task %s from %s", task, path.name)
+        files.append(file)
+    for version in store.seed(files):
+        logger.info("seeded %s@%s of level %s", version.task, version.version, version.level)

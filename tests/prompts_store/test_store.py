@@ -279,12 +279,34 @@ def test_namespaces_do_not_see_each_other(tmp_path, rows):
 
 
 def test_a_new_store_is_seeded_once(tmp_path, rows):
+    first, second = (PromptFile(rows(i), replace(ORIGIN, task="general")) for i in (1, 2))
     with PromptStore.open(tmp_path / "store") as store:
-        assert store.seed(PromptFile(rows(1), ORIGIN), "general").version == 1
-        assert store.seed(PromptFile(rows(2), ORIGIN), "general") is None
+        assert [version.version for version in store.seed([first])] == [1]
+        assert store.seed([second]) == []
         store.delete("general", 1)
-        assert store.seed(PromptFile(rows(1), ORIGIN), "general") is None
+        assert store.seed([first]) == []
         assert store.audit.list().items[0].actor == "seed"
+
+
+def test_a_store_gets_all_of_its_seeds_or_none(tmp_path, rows, monkeypatch):
+    """A server that was stopped between two of them had a part of its prompts for good."""
+    files = [PromptFile(rows(i), replace(ORIGIN, task=f"task{i}")) for i in (1, 2)]
+    with PromptStore.open(tmp_path / "store") as store:
+        put, calls = store._blobs.put, []
+
+        def stopped(data):
+            calls.append(data)
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return put(data)
+
+        monkeypatch.setattr(store._blobs, "put", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            store.seed(files)
+    with PromptStore.open(tmp_path / "store") as store:
+        assert store.stats().versions == 0
+        assert [version.task for version in store.seed(files)] == ["task1", "task2"]
+        assert store.load(files[1].prompt.digest) == files[1].prompt
 
 
 def test_the_audit_log_tells_who_changed_what(store, rows):
