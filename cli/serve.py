@@ -129,9 +129,12 @@ def announce(info: EngineInfo, url: str, store: PromptStore) -> None:
 def try_it(info: EngineInfo, url: str, store: PromptStore) -> str:
     """A `curl` line that works against this server now."""
     tasks = store.versions.tasks(limit=1, level=info.level, base=info.base).items
-    body: dict[str, Any] = {"text": "The capital of France is", "max_tokens": 16, "temperature": 0}
+    body: dict[str, Any] = {"text": "The capital of France is"}
     if tasks:
+        if store.versions.get(tasks[0].task, tasks[0].latest).chat_template != "none":
+            body = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
         body = {"task": tasks[0].task, **body}
+    body |= {"max_tokens": 16, "temperature": 0}
     words = ["curl", "-s", f"{url}/v1/generate", "-H", "Content-Type: application/json"]
     key = ' -H "Authorization: Bearer $PROMPTSTITCH_API_KEY"' if store.keys.any() else ""
     return f"{shlex.join(words)}{key} -d {shlex.quote(json.dumps(body))}"
