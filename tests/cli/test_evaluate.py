@@ -145,6 +145,7 @@ def test_json_lines_are_cut_by_document(answer, model, tmp_path):
     assert told["text"] | {"digest": None, "source": None} == {
         "source": None,
         "digest": None,
+        "form": "text",
         "documents": 3,
         "left_out": 1,
     }
