@@ -131,7 +131,7 @@ def try_it(info: EngineInfo, url: str, store: PromptStore) -> str:
     tasks = store.versions.tasks(limit=1, level=info.level, base=info.base).items
     body: dict[str, Any] = {"text": "The capital of France is"}
     if tasks:
-        if store.versions.get(tasks[0].task, tasks[0].latest).chat_template != "none":
+        if store.versions.get(tasks[0].task, tasks[0].latest).chat_template == info.chat_template != "none":
             body = {"messages": [{"role": "user", "content": "What is the capital of France?"}]}
         body = {"task": tasks[0].task, **body}
     body |= {"max_tokens": 16, "temperature": 0}

@@ -39,6 +39,7 @@ class Question:
 
 @dataclass(slots=True)
 class _Answer:
+    asked: str  # the question's id
     text: list[str] = field(default_factory=list)
     ended: bool = False  # by its own end, not by the most tokens it was given
 
@@ -118,7 +119,7 @@ def _answered(
             at, each = following
             try:
                 engine.submit(_request(at, each, engine, params), partial(_put, told, at))
-                running[at] = _Answer()
+                running[at] = _Answer(each.id)
             except InvalidRequest:  # longer than the context
                 yield {str(at): None}
         if not running:
@@ -126,7 +127,7 @@ def _answered(
         at, events = told.get()
         for event in events:
             if isinstance(event, RequestFailed):
-                raise RunError(f"question {at} was not answered: {event.message}")
+                raise RunError(f"question {running[at].asked} was not answered: {event.message}")
             if isinstance(event, TokenEvent):
                 running[at].text.append(event.text)
                 running[at].ended |= event.finish_reason == "stop"

@@ -59,7 +59,7 @@ def _intent(row: Record, where: str) -> Document:
 def _asked(row: Record, where: str) -> Document | None:
     """A whole question as a person would ask it: the first of the fields that these data sets ask in."""
     names = ("question", "goal", "question_stem", "text", "context")
-    text = str(next(row[name] for name in names if name in row)).strip()
+    text = str(row[next((name for name in names if name in row), names[0])]).strip()
     if "passage" in row or ("context" in row and "question" in row):  # BoolQ has none of its marks
         text = f"{text.removesuffix('?')}?"
     text = text[:1].upper() + text[1:]
@@ -132,7 +132,7 @@ def _documents(file: Path, source: Source) -> Iterator[Document]:
         for line, row in rows:
             try:
                 made = source.make(row, f"{file.name}:{line}")
-            except (KeyError, IndexError, TypeError, StopIteration) as error:
+            except (KeyError, IndexError, TypeError) as error:
                 raise DataError(f"{file}, line {line}: {error} is not as in {source.repo}") from error
             if made is not None:
                 yield made

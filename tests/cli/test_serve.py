@@ -13,12 +13,15 @@ from pathlib import Path
 
 import httpx
 import pytest
+from support.fake_engine import BASE, HIDDEN, FakeEngine
+from support.tiny import rows
 
 from cli.model import EMBEDDED, EMBEDDED_LEVEL, _options, shipped_prompts, start_engine, to_serve
 from cli.options import flag
-from cli.serve import PANELS
+from cli.serve import PANELS, try_it
 from llama import identity
-from prompts_store.file import read_prompt
+from prompts_store.file import PromptFile, read_prompt
+from prompts_store.store import PromptStore
 from server.settings import Settings, load_settings
 
 COMMAND = (sys.executable, "-c", "from cli.main import main; main()")
@@ -91,6 +94,19 @@ def test_a_model_that_is_not_there_names_pull(cli):
         1,
         "error: there is no model org/model, neither as a folder nor pulled: `promptstitch pull org/model`\n",
     )
+
+
+def test_a_prompt_learned_on_chats_is_tried_with_a_message(tmp_path):
+    engine = FakeEngine()
+    try:
+        for template, field in (("none", "text"), (engine.info.chat_template, "messages")):
+            with PromptStore.open(tmp_path / field) as store:
+                prompt = rows(2, HIDDEN, 1, base=BASE, chat_template=template)
+                store.push(PromptFile(prompt), "haiku", engine.info.level)
+                body = json.loads(shlex.split(try_it(engine.info, "http://h", store))[-1])
+            assert (body["task"], field in body) == ("haiku", True)
+    finally:
+        engine.close()
 
 
 def test_a_server_prints_a_line_that_works_and_ends_with_0(model, tmp_path, base):

@@ -164,7 +164,7 @@ def test_questions_are_whole_and_alone(file, tmp_path):
         "banking77": ["Where is it?"],
     }
     assert all(each.completion is None for found in asked.values() for each in found)
-    with pytest.raises(DataError, match="line 3"):
+    with pytest.raises(DataError, match="line 3: 'question' is not as in ybisk"):
         documents("piqa/questions", tmp_path)
 
 
