@@ -12,8 +12,9 @@ from huggingface_hub.utils.tqdm import disable_progress_bars
 from transformers.utils.logging import disable_progress_bar
 
 from cli.output import CommandError, Steps
-from engine.engine import LocalEngine, ServedModel
+from engine.engine import LocalEngine
 from engine.options import EngineOptions
+from engine.served import ServedModel
 from llama.identity import Identity
 from llama.load import choose_compute, choose_device, choose_dtype, info, load
 from llama.pull import default_folder, pull

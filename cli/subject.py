@@ -85,8 +85,9 @@ def _from_store(
     """By the rules and with the self-test of a server over this model."""
     from cli.answer import find_stitch
     from cli.local import open_store
-    from engine.engine import LocalEngine, ServedModel
+    from engine.engine import LocalEngine
     from engine.options import EngineOptions
+    from engine.served import ServedModel
     from prompts_store.reference import parse_reference
     from prompts_store.resolution import Query
 

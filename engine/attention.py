@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.device import sent
 from engine.pages import BLANK_PAGE
 from llama.config import LlamaConfig
 from llama.model import Attend
@@ -62,7 +63,7 @@ class KVPages:
 
     def blank(self, pages: Sequence[int]) -> None:
         """Zero pages: masked positions still enter a product, and what an earlier owner left might not be finite."""
-        index = torch.tensor(pages, device=self.keys.device)
+        index = sent(torch.tensor(pages), self.keys.device)
         self.keys.index_fill_(1, index, 0)
         self.values.index_fill_(1, index, 0)
 

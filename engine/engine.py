@@ -12,40 +12,28 @@ import threading
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 
 from engine import limits, stitch
 from engine.api import EngineClosed, EngineInfo, EngineStats, InvalidRequest, Overloaded, Sink, Tokenizer
 from engine.attention import KVPages
-from engine.choice import advance, row_of, score_text
+from engine.choice import advance, score_text
+from engine.flight import Flight, Flights
 from engine.graphs import decode_graphs
 from engine.kept import KeptPrefixes
 from engine.options import EngineOptions
 from engine.pages import PagePool
 from engine.request import Event, FailureCode, GenerationRequest, RequestDone, RequestFailed, Timings
 from engine.runner import Runner
-from engine.sampling import sample
 from engine.scheduler import Batch, Scheduler, prefix_key, text_root
 from engine.sequence import Sequence, Status, Ticket
+from engine.served import ServedModel, info_of
 from engine.text import TextStream
 from llama.model import Llama
 from prompts_store.prompt import SoftPrompt
 
 log = logging.getLogger("promptstitch.engine")
-
-
-@dataclass(frozen=True, slots=True)
-class ServedModel:
-    """What the model on the device is. Digests as in EngineInfo; `weight_bytes` are resident ones."""
-
-    name: str
-    base: str
-    level: str
-    weights: str
-    weight_bytes: int
-    compute: str | None = None  # what its linears multiply; None: the dtype
 
 
 class LocalEngine:
@@ -57,7 +45,7 @@ class LocalEngine:
         self._options = options
         num_pages = options.num_pages(model)
         self._pool = PagePool(num_pages, options.page_size)
-        self._info = _info(model, tokenizer, served, options, num_pages)
+        self._info = info_of(model, tokenizer, served, options, num_pages)
         kv = KVPages(model.config, num_pages, options.page_size, model.dtype, model.device)
         self._kept = None
         if options.kept_folder is not None:
@@ -66,6 +54,8 @@ class LocalEngine:
         graphs = decode_graphs(model, kv, options.max_running, self._info.max_model_len)
         self._runner = Runner(model, kv, self._kept, graphs)
         self._scheduler = Scheduler(self._pool, options.max_running, options.max_batch_tokens)
+        self._flights = Flights(self._runner, self._scheduler)
+        self._flight: Flight | None = None  # launched, and not read yet
         self._max_norm = options.max_row_norm * stitch.largest_norm(model)
         self._special = frozenset(tokenizer.special_token_ids)
         self._tickets: dict[str, Ticket] = {}  # written under the lock, by submit and by the loop
@@ -217,15 +207,17 @@ class LocalEngine:
                 self._fail(ticket, "deadline", f"the request was not done within {ticket.request.timeout:g} s")
 
     def _step(self) -> None:
-        """What fails takes the requests of its own batch with it, and nothing else."""
-        batch = self._scheduler.schedule(time.monotonic())
+        """The tokens of one step. What fails takes the requests of its own batch with it, and nothing else."""
+        flight, self._flight = self._flight, None
+        batch = flight.batch if flight else self._scheduler.schedule(time.monotonic())
         if not batch.chunks:
             return
         try:
-            events = self._compute(batch)
+            events = self._compute(flight or batch)
         except Exception:
             log.exception("a step failed; the requests in it end with an error")
             self._counts["failed_steps"] += 1
+            self._flight = None  # whoever is in it is in the batch too
             self._scheduler.abandon(batch)
             for chunk in batch.chunks:
                 self._fail(chunk.sequence.ticket, "engine_error", "the step that computed this request failed")
@@ -236,19 +228,18 @@ class LocalEngine:
             self._tell(ticket, told)
 
     @torch.inference_mode()
-    def _compute(self, batch: Batch) -> dict[Ticket, list[Event]]:
-        output = self._runner.run(batch)
-        finite = output.next.sum(-1).isfinite().tolist()
-        sampling = [chunk.sequence for chunk in batch.chunks if chunk.samples]
-        sampled = sample(output.next, [row_of(sequence) for sequence in sampling])
-        self._scheduler.commit(batch)
+    def _compute(self, step: Batch | Flight) -> dict[Ticket, list[Event]]:
+        flight = self._flights.launch(step) if isinstance(step, Batch) else step
+        self._flight = self._flights.follow(flight)
+        sampled = flight.read()
+        self._scheduler.commit(flight.batch)
         events: dict[Ticket, list[Event]] = defaultdict(list)
-        for chunk, logits in output.scored:
+        for chunk, logits in flight.scored:
             events[chunk.sequence.ticket].extend(score_text(chunk, logits))
         now = time.monotonic()
-        for sequence, token, ok in zip(sampling, sampled, finite, strict=True):
+        for sequence, token in zip(flight.sequences, sampled, strict=True):
             ticket = sequence.ticket
-            if not ok:
+            if token is None:
                 self._fail(ticket, "engine_error", "the model's output for this input is not finite")
             elif sequence.status is Status.RUNNING:
                 ticket.prefilled = ticket.prefilled or now
@@ -318,31 +309,3 @@ class LocalEngine:
         except Exception:
             log.exception("the device does not answer any more; the engine stops")
             return False
-
-
-def _info(
-    model: Llama, tokenizer: Tokenizer, served: ServedModel, options: EngineOptions, num_pages: int
-) -> EngineInfo:
-    config, dtype = model.config, str(model.dtype).removeprefix("torch.")
-    return EngineInfo(
-        model=served.name,
-        base=served.base,
-        level=served.level,
-        weights=served.weights,
-        dtype=dtype,
-        kv_dtype=dtype,
-        device=str(model.device),
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        max_model_len=options.context(model, num_pages),
-        max_virtual_tokens=options.max_virtual_tokens,
-        page_size=options.page_size,
-        num_pages=num_pages,
-        chat_template=tokenizer.chat_template_digest,
-        weight_bytes=served.weight_bytes,
-        kv_bytes=num_pages * KVPages.bytes_per_page(config, options.page_size, model.dtype),
-        compute=served.compute or dtype,
-    )

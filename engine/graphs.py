@@ -38,23 +38,31 @@ class DecodeGraphs:
         self._sizes = sizes(most)
         host = np.zeros((self._sizes[-1], FIELDS + columns), np.int32)
         host[:, :FIELDS] = PAD
-        self._host = torch.from_numpy(host)
+        self._hosts = [torch.from_numpy(host), torch.from_numpy(host.copy())]  # one is read while the other is written
         if kv.keys.device.type == "cuda":
-            self._host = self._host.pin_memory()
-        self._told = self._host.to(kv.keys.device)
+            self._hosts = [each.pin_memory() for each in self._hosts]
+        self._told = self._hosts[0].to(kv.keys.device)
         self._replays = {size: capture(_Step(model, kv, self._told[:size], look)) for size in reversed(self._sizes)}
 
-    def logits(self, ids: Sequence[int], spans: Sequence[Span]) -> Tensor:
-        """The token `ids[i]` at the position of `spans[i]` → logits (B, V) in fp32, overwritten by the next call."""
+    def logits(self, ids: Sequence[int], spans: Sequence[Span], chosen: Tensor | None = None) -> Tensor:
+        """The token `ids[i]` at the position of `spans[i]` → logits (B, V) in fp32, overwritten by the next call.
+
+        With `chosen` (R,), tokens on the device that the host does not know, the token is `chosen[ids[i]]`. Before the
+        next call but one the device must have come to this one.
+        """
         size = next(size for size in self._sizes if size >= len(spans))
-        rows = self._host.numpy()[:size]
+        self._hosts.reverse()
+        rows = self._hosts[0].numpy()[:size]
         rows[:, :FIELDS] = PAD
         rows[:, FIELDS:] = 0
         for row, token, span in zip(rows, ids, spans, strict=False):
             row[:FIELDS] = token, span.start, *self._kv.slots(span), span.end
             pages = span.table[: -(-span.end // self._kv.page_size)]
             row[FIELDS : FIELDS + len(pages)] = pages
-        self._told[:size].copy_(self._host[:size], non_blocking=True)
+        self._told[:size].copy_(self._hosts[0][:size], non_blocking=True)
+        if chosen is not None:
+            own = self._told[: len(spans), 0]
+            own.copy_(chosen.index_select(0, own).clamp_min(0))  # -1: a row that nobody looks at any more
         return self._replays[size]()[: len(spans)]
 
 

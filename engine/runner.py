@@ -40,6 +40,7 @@ class Runner:
         self.model = model
         self.kv = kv
         self.restored = 0  # prefixes that were not computed
+        self.replays = graphs is not None  # `follow` can launch a step
         self._kept = kept
         self._graphs = graphs
         self._step = Step.of(model)
@@ -53,13 +54,21 @@ class Runner:
         if batch.copies:
             self.kv.copy(batch.copies)
         chunks = batch.chunks
-        spans = [Span(c.sequence.table, c.sequence.ticket.soft_tokens + c.start, c.end - c.start) for c in chunks]
+        spans = _spans(chunks)
         tokens = [token for c in chunks for token in c.sequence.tokens[c.start : c.end]]
         if self._graphs is not None and _only_decodes(chunks, len(tokens)):
             return StepOutput(self._graphs.logits(tokens, spans), [])
         ids = self._tensor(tokens)
         positions = self._tensor([at for span in spans for at in range(span.start, span.end)])
         return self._logits(self.hidden(ids, positions, attend(self.kv, spans)), chunks, spans)
+
+    def follow(self, batch: Batch, tokens: Tensor, rows: list[int]) -> Tensor:
+        """Logits (R, V) in fp32 of a batch of single tokens which the step before is still choosing: that of chunk i is
+        `tokens[rows[i]]`. Nothing is waited for."""
+        assert self._graphs is not None
+        if batch.fresh:
+            self.kv.blank(batch.fresh)
+        return self._graphs.logits(rows, _spans(batch.chunks), tokens)
 
     def _fill(self, block: Block, prompt: SoftPrompt) -> None:
         kept, pages = self._kept, block.pages
@@ -100,3 +109,7 @@ class Runner:
 def _only_decodes(chunks: list[Chunk], tokens: int) -> bool:
     """Whether every chunk is one token from which another follows, and whose score nobody asks for."""
     return tokens == len(chunks) and all(c.samples and c.start >= c.sequence.num_text for c in chunks)
+
+
+def _spans(chunks: list[Chunk]) -> list[Span]:
+    return [Span(c.sequence.table, c.sequence.ticket.soft_tokens + c.start, c.end - c.start) for c in chunks]

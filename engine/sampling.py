@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.device import sent
 from engine.request import SamplingParams, TokenLogprob
 
 SHORTLIST = 1024  # candidates looked at before the whole vocabulary is sorted
@@ -22,7 +23,8 @@ SHORTLIST = 1024  # candidates looked at before the whole vocabulary is sorted
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """What is needed to choose one token. `tokens` are text then generated; `banned` ids cannot be chosen."""
+    """What is needed to choose one token. `tokens` are text then generated; `banned` ids cannot be chosen; `ahead` more
+    tokens come between, which are not known here yet."""
 
     params: SamplingParams
     seed: int
@@ -30,6 +32,20 @@ class Row:
     tokens: Sequence[int]
     num_text: int
     banned: frozenset[int] = frozenset()
+    ahead: int = 0
+
+    @property
+    def step(self) -> int:
+        """How many tokens of this choice come before."""
+        return len(self.tokens) - self.num_text + self.ahead
+
+    @property
+    def plain(self) -> bool:
+        """Whether the token follows from the logits alone, or from them and noise."""
+        p = self.params
+        filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
+        adjusted = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty or p.logit_bias or self.banned
+        return not adjusted and p.logprobs is None and not (filtered and p.temperature > 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +72,19 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
         Sampled(token, told(raw[i], token, row.params.logprobs or 0) if i in raw else None)
         for i, (token, row) in enumerate(zip(tokens, rows, strict=True))
     ]
+
+
+def choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """logits (R, V) fp32 of plain rows → the tokens (R,) that `sample` gives, or -1 where they are not finite; on the
+    device, which is not waited for."""
+    best, each = _best(logits), logits.unbind()
+    tokens = torch.stack(
+        [
+            _drawn(one / row.params.temperature, row) if row.params.temperature > 0 else best[i]
+            for i, (one, row) in enumerate(zip(each, rows, strict=True))
+        ]
+    )
+    return tokens.masked_fill_(~logits.sum(-1).isfinite(), -1)
 
 
 def told(logprobs: Tensor, token: int, top: int) -> TokenLogprob:
@@ -117,11 +146,17 @@ def _draw(scaled: Tensor, row: Row) -> int:
     What is left is drawn by the Gumbel-max trick (Gumbel 1954). To invert the cumulative distribution would be cheaper;
     but there rounding, which differs from batch to batch, moves every border between two tokens.
     """
-    at = (row.seed, row.index, len(row.tokens) - row.num_text, scaled.shape[0])
     if row.params.top_k == 0 and row.params.top_p >= 1 and row.params.min_p <= 0:
-        return int(noise(*at).to(scaled.device).add_(scaled).argmax())
+        return int(_drawn(scaled, row))
     values, ids = _kept(scaled, row.params)
-    return int(ids[noise(*at, ids.cpu()).to(scaled.device).add_(values).argmax()])
+    drawn = noise(row.seed, row.index, row.step, scaled.shape[0], ids.cpu())
+    return int(ids[drawn.to(scaled.device).add_(values).argmax()])
+
+
+def _drawn(scaled: Tensor, row: Row) -> Tensor:
+    """The same where nothing is filtered: () int64."""
+    drawn = sent(noise(row.seed, row.index, row.step, scaled.shape[0]), scaled.device)
+    return drawn.add_(scaled).argmax()
 
 
 def _kept(scaled: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

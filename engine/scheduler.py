@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from engine.pages import Block, Key, OutOfPages, PagePool, next_key, root_key
+from engine.pages import Block, Key, PagePool, next_key, root_key
 from engine.sequence import Sequence, Status, Ticket
 from prompts_store.prompt import SoftPrompt
 
@@ -91,6 +91,22 @@ class Scheduler:
         batch.chunks.sort(key=lambda chunk: chunk.end - chunk.start > 1)  # single tokens first, as attention wants them
         return batch
 
+    def follow(self, sequences: list[Sequence]) -> Batch | None:
+        """The step after one that is under way and brings each of `sequences` a token which is not known yet, for those
+        that go on whatever it is; None where that is not all there is to do, or pages lack."""
+        if self.waiting or len(sequences) != len(self.running):
+            return None
+        going = [s for s in sequences if s.status is Status.RUNNING and s.generated + 1 < s.ticket.max_tokens]
+        missing = [self.pool.pages_for(s.positions + 1) - len(s.table) for s in going]
+        if not going or sum(missing) > self.pool.available:
+            return None
+        batch = Batch()
+        for sequence, count in zip(going, missing, strict=True):
+            if count > 0:
+                self._extend(sequence, count, batch)
+            batch.chunks.append(Chunk(sequence, len(sequence.tokens), len(sequence.tokens) + 1))
+        return batch
+
     def commit(self, batch: Batch) -> None:
         """The batch has been computed: what it filled may be shared."""
         for chunk in batch.chunks:
@@ -119,20 +135,21 @@ class Scheduler:
     def _grow(self, sequence: Sequence, batch: Batch) -> bool:
         """Give a running sequence the pages for its pending tokens, at the cost of the newest if need be."""
         missing = self.pool.pages_for(sequence.positions) - len(sequence.table)
-        while missing > 0:
-            try:
-                pages = self.pool.take(missing)
-            except OutOfPages:
-                newest = self.running[-1]
-                self._preempt(newest)
-                if newest is sequence:
-                    return False
-                continue
-            batch.fresh.extend(pages)
-            sequence.table.extend(pages)
-            sequence.owners.extend([None] * missing)
-            missing = 0
+        if missing <= 0:
+            return True
+        while missing > self.pool.available:
+            newest = self.running[-1]
+            self._preempt(newest)
+            if newest is sequence:
+                return False
+        self._extend(sequence, missing, batch)
         return True
+
+    def _extend(self, sequence: Sequence, count: int, batch: Batch) -> None:
+        pages = self.pool.take(count)
+        batch.fresh.extend(pages)
+        sequence.table.extend(pages)
+        sequence.owners.extend([None] * len(pages))
 
     def _preempt(self, sequence: Sequence) -> None:
         self.running.remove(sequence)

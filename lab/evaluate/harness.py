@@ -16,9 +16,10 @@ from lm_eval.api.model import TemplateLM
 from lm_eval.models.utils import normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from engine.engine import LocalEngine, ServedModel
+from engine.engine import LocalEngine
 from engine.options import EngineOptions
 from engine.request import Event, GenerationRequest, RequestDone, RequestFailed, SamplingParams, TokenEvent
+from engine.served import ServedModel
 from lab.data.documents import DataError
 from lab.data.windows import windows
 from lab.evaluate.score import Progress, score

@@ -10,8 +10,9 @@ import torch
 from support import tiny
 from support.drive import ask
 
-from engine.engine import LocalEngine, ServedModel
+from engine.engine import LocalEngine
 from engine.options import EngineOptions
+from engine.served import ServedModel
 from llama.config import LlamaConfig
 from llama.rope import Rope, rotate, unrotate
 from prompts_store.file import PromptFile, read_prompt, write_prompt

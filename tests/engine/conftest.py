@@ -3,9 +3,12 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from support import tiny
+from support.replayed import replaying
 
-from engine.engine import LocalEngine, ServedModel
+from engine import engine as module
+from engine.engine import LocalEngine
 from engine.options import EngineOptions
+from engine.served import ServedModel
 
 
 @pytest.fixture(scope="session")
@@ -13,10 +16,13 @@ def reference():
     return tiny.reference()
 
 
-@pytest.fixture
-def make_engine(reference) -> Iterator[Callable[..., LocalEngine]]:
-    """Engines over the tiny model, closed after the test."""
+@pytest.fixture(params=["launched", "replayed"])
+def make_engine(request, reference, monkeypatch) -> Iterator[Callable[..., LocalEngine]]:
+    """Engines over the tiny model, closed after the test: as on the CPU, and as on CUDA, where decoding steps are
+    replayed and the next one begins before the last one's tokens are read."""
     torch.set_num_threads(1)
+    if request.param == "replayed":
+        monkeypatch.setattr(module, "decode_graphs", replaying)
     engines = []
 
     def make(**options) -> LocalEngine:

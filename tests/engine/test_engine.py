@@ -2,12 +2,11 @@
 
 import math
 import threading
-import time
 
 import pytest
 import torch
 from support import tiny
-from support.drive import ask
+from support.drive import ask, until
 from support.exact import teacher_forced
 
 from engine.api import ContextTooLong, EngineClosed, InvalidRequest, Overloaded
@@ -16,13 +15,6 @@ from llama.config import LlamaConfig
 from prompts_store.prompt import SoftPrompt
 
 TEXT = list(b"The quick brown fox jumps over the lazy dog.")
-
-
-def until(condition, seconds=5.0):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def test_seeded_sampling_is_the_same_alone_and_in_a_batch(make_engine):
@@ -189,7 +181,7 @@ def test_output_that_is_not_finite_fails_its_own_request(make_engine, reference)
 def test_bad_requests_are_refused_by_field_and_leave_nothing(make_engine, token_ids, fields, field):
     engine = make_engine()
     with pytest.raises(InvalidRequest) as refused:
-        ask(engine, token_ids, fields.pop("prompt", None), **fields)
+        ask(engine, token_ids, **fields)
     assert refused.value.field == field
     assert engine.stats().waiting == 0
 

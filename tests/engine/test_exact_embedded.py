@@ -9,9 +9,10 @@ from support.drive import Answer, ask
 from support.exact import judge
 from transformers import LlamaForCausalLM
 
-from engine.engine import LocalEngine, ServedModel
+from engine.engine import LocalEngine
 from engine.options import EngineOptions
 from engine.request import RequestDone
+from engine.served import ServedModel
 from llama.load import load
 from llama.tokenizer import HubTokenizer
 

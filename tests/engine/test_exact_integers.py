@@ -8,8 +8,9 @@ from support import tiny
 from support.checkpoints import model, save
 from support.drive import ask
 
-from engine.engine import LocalEngine, ServedModel
+from engine.engine import LocalEngine
 from engine.options import EngineOptions
+from engine.served import ServedModel
 from llama import native
 from llama.load import load
 

@@ -5,21 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from support import tiny
-from support.drive import ask
+from support.replayed import recorded
 
-from engine import engine as module
 from engine import graphs
 from engine.attention import KVPages, PagedAttention, Span, look
-from engine.engine import LocalEngine
 from engine.graphs import DecodeGraphs, decode_graphs, sizes
 
 COLUMNS = 8
-
-
-def recorded(step):
-    """As a graph: what comes out lies where it lay the last time."""
-    out = step()
-    return lambda: out.copy_(step())
 
 
 def graphs_of(model, kv, most=6):
@@ -75,24 +67,11 @@ def test_a_step_that_cannot_be_captured_is_launched(model, monkeypatch):
     assert decode_graphs(model, pages(model), 4, 64) is None
 
 
-def test_an_engine_that_replays_says_what_one_says_that_does_not(reference, make_engine, monkeypatch):
-    """With a prompt and without; only steps that do nothing but decode are replayed."""
-    calls = []
-
-    class Counting(DecodeGraphs):
-        def logits(self, ids, spans):
-            calls.append(len(ids))
-            return super().logits(ids, spans)
-
-    def made(model, kv, most, context):
-        return Counting(model, kv, most, -(-context // kv.page_size), look, recorded)
-
-    def answers(engine: LocalEngine):
-        prompts = [None, tiny.rows(5, reference.config.hidden_size), None]
-        asked = [ask(engine, [7 + i, 3, 9] * (1 + 4 * i), prompt, max_tokens=6 + i) for i, prompt in enumerate(prompts)]
-        return [each.wait().tokens for each in asked]
-
-    plain = answers(make_engine())
-    monkeypatch.setattr(module, "decode_graphs", made)
-    assert answers(make_engine()) == plain
-    assert calls
+@torch.inference_mode()
+def test_tokens_that_only_the_device_knows_give_what_known_ones_give(model):
+    """Rows of the step before in another order; one of them had no token."""
+    mine, plain = pages(model), pages(model)
+    spans = [Span([1 + 2 * i, 2 + 2 * i], 17 + i, 1) for i in range(3)]
+    chosen = torch.tensor([9, -1, 30, 4])
+    told = graphs_of(model, mine).logits([3, 0, 1], spans, chosen)
+    torch.testing.assert_close(told[:2], graphs_of(model, plain).logits([4, 9, 0], spans)[:2], rtol=0, atol=0)

@@ -11,9 +11,10 @@ from support import tiny
 from support.checkpoints import model, save
 from support.drive import ask
 
-from engine.engine import LocalEngine, ServedModel
+from engine.engine import LocalEngine
 from engine.kept import KeptPrefixes
 from engine.options import EngineOptions
+from engine.served import ServedModel
 from llama import native
 from llama.config import LlamaConfig
 from llama.load import load

@@ -1,13 +1,14 @@
 """Sampling follows its definition, row by row, whatever the rest of the batch."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 from engine import sampling
 from engine.request import SamplingParams
-from engine.sampling import Row, noise, sample
+from engine.sampling import Row, choose, noise, sample
 
 
 def row(
@@ -161,3 +162,36 @@ def test_logprobs_are_raw():
     assert [token for token, _ in choice.logprob.top] == [2, 0]
     assert choice.logprob.top[0][1] == pytest.approx(float(expected[2]))
     assert math.isclose(sum(math.exp(p) for p in expected.tolist()), 1, rel_tol=1e-5)
+
+
+def test_what_is_left_on_the_device_is_what_is_told():
+    torch.manual_seed(1)
+    table = torch.randn(6, 512)
+    table[4, 7] = math.nan
+    rows = [row(seed=i, tokens=[0] * (1 + i), temperature=(0.0, 0.7)[i % 2]) for i in range(6)]
+    assert all(each.plain for each in rows)
+    expected = [choice.token_id for choice in sample(table.clone(), rows)]
+    expected[4] = -1
+    assert choose(table, rows).tolist() == expected
+    # Chosen before the token in front of it is known:
+    before = [replace(each, tokens=each.tokens[:-1], ahead=1) for each in rows]
+    assert choose(table, before).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"logprobs": 0},
+        {"top_k": 5},
+        {"top_p": 0.5},
+        {"min_p": 0.1},
+        {"repetition_penalty": 1.1},
+        {"presence_penalty": 0.1},
+        {"frequency_penalty": -0.1},
+        {"logit_bias": ((3, 1.0),)},
+        {"banned": frozenset({3})},
+    ],
+)
+def test_what_needs_a_look_is_not_plain(params):
+    assert not row(temperature=1.0, **params).plain
+    assert row(temperature=0.0, top_k=5, top_p=0.5, min_p=0.1).plain  # filters keep the best, whatever they drop

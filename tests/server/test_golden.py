@@ -9,9 +9,10 @@ from support.fake_engine import LEVEL, VOCAB, WEIGHTS, FakeEngine
 from support.served import serving, soft_prompt
 from support.uploads import upload
 
-from engine.engine import LocalEngine, ServedModel
+from engine.engine import LocalEngine
 from engine.options import EngineOptions
 from engine.score import mean_loss
+from engine.served import ServedModel
 from prompts_store.errors import InvalidArtifact
 from prompts_store.file import PromptFile, Provenance, encode_prompt, write_prompt
 from prompts_store.golden import Golden

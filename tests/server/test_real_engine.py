@@ -15,8 +15,9 @@ from support.drive import ask
 from support.served import begin, serving, until
 from support.uploads import upload
 
-from engine.engine import LocalEngine, ServedModel
+from engine.engine import LocalEngine
 from engine.options import EngineOptions
+from engine.served import ServedModel
 from prompts_store.file import PromptFile, Provenance, encode_prompt
 from prompts_store.prompt import SoftPrompt
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import queue
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -77,3 +78,11 @@ def ask(
     answer = Answer(request)
     engine.submit(request, answer.sink)
     return answer
+
+
+def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+    """Wait for what happens in another thread."""
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.005)

@@ -1,0 +1,14 @@
+"""The way from the host to where the model is. Knows tensors alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the host on the device. CUDA is not waited for, nor does it have to be idle first: that takes memory
+    which the system cannot move."""
+    if device.type == "cpu":
+        return values
+    return values.pin_memory().to(device, non_blocking=True)
