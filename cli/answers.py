@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from cli.options import Config, takes_settings
+from cli.options import MAX_SEED, Config, takes_settings
 from cli.output import AsJson, CommandError, tell
 
 PANELS = {"Model": ("level", "dtype", "compute", "device", "base", "kv_memory")}
@@ -28,7 +28,10 @@ MaxTokens = Annotated[
 ]
 Temperature = Annotated[float, typer.Option("--temperature", min=0, max=2, help="0 is greedy.")]
 Penalty = Annotated[float, typer.Option("--repetition-penalty", min=0.1, max=10, help="1 is none.")]
-Seed = Annotated[int, typer.Option("--seed", help="Which questions are taken, and how answers are drawn.")]
+Seed = Annotated[
+    int,
+    typer.Option("--seed", min=0, max=MAX_SEED, help="Which questions are taken, and how answers are drawn."),
+]
 RunFolder = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="Run folder; one cut short goes on. Else OUT.run.")
 ]
@@ -56,14 +59,14 @@ def answers(
     from cli.model import find_model, start_engine, to_serve
     from engine.request import SamplingParams
     from lab.answers import answer, questions, settings, write
-    from lab.data.documents import DataError
+    from lab.data.documents import DataError, question
     from lab.data.named import documents
     from lab.progress import progress
     from lab.run import open_run
     from server.settings import load_settings
 
     try:
-        asked = [each for name in data for each in questions(documents(name, data_root), take, seed, system)]
+        asked = [each for name in data for each in questions(documents(name, data_root, question), take, seed, system)]
     except DataError as error:
         raise CommandError(f"--data: {error}") from error
     params = SamplingParams(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options import MAX_SEED
 from cli.output import AsJson, CommandError, tell
 
 if TYPE_CHECKING:
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
     from llama.manifest import Manifest
 
 
-def _option(name: str, metavar: str, text: str) -> Any:
+TOKENS, WINDOW, SWEEPS = 32768, 256, 3  # defaults
+
+
+def _option(name: str, metavar: str, text: str, **bounds: Any) -> Any:
     """An option whose help tells its default, so that the whole help fits a screen."""
-    return typer.Option(name, metavar=metavar, help=text, show_default=False)
+    return typer.Option(name, metavar=metavar, help=text, show_default=False, **bounds)
 
 
 Model = Annotated[str, typer.Argument(help="Dense checkpoint: a folder, or a name that was pulled.")]
@@ -36,7 +40,7 @@ DataRoot = Annotated[Path | None, typer.Option("--data-root", metavar="DIR", hel
 Part = Annotated[str, _option("--part", "NAME", "calibration (default): its sites; or all.")]
 Count = Annotated[int, _option("--calibration-tokens", "N", "How many are read (32768).")]
 Window = Annotated[int, _option("--window", "N", "Tokens that stand together (256).")]
-Seed = Annotated[int, _option("--seed", "N", "Draws among the windows (0).")]
+Seed = Annotated[int, _option("--seed", "N", "Draws among the windows (0).", min=0, max=MAX_SEED)]
 Scales = Annotated[str | None, _option("--scales", "NAME", "fitted, largest; else by level and method.")]
 Sweeps = Annotated[int, _option("--sweeps", "N", "Polish the solver's result (3); 0: as published.")]
 Allocation = Annotated[str, _option("--allocation", "NAME", "uniform (default); sensitivity: better, equal bytes.")]
@@ -54,11 +58,11 @@ def compress(
     data: Data = None,
     data_root: DataRoot = None,
     part: Part = "calibration",
-    calibration_tokens: Count = 32768,
-    window: Window = 256,
+    calibration_tokens: Count = TOKENS,
+    window: Window = WINDOW,
     seed: Seed = 0,
     scales: Scales = None,
-    sweeps: Sweeps = 3,
+    sweeps: Sweeps = SWEEPS,
     allocation: Allocation = "uniform",
     embedding: Embedding = "keep",
     export: Export = "packed",
@@ -82,10 +86,16 @@ def compress(
         raise CommandError(f"--calibration-tokens is {calibration_tokens}; it must be at least 1", usage=True)
     clip = None if scales is None else scales == "fitted"
     plan = planned(Order(find_model(model), out, level, method, clip, sweeps, export, embedding, device, allocation))
-    tokens, digest = None, None
-    if plan.recipe.method.calibrated:
+    chosen, tokens, digest = plan.recipe.method, None, None
+    if sweeps != SWEEPS and not chosen.solves:
+        raise CommandError(f"--sweeps is of use with the solver only, and {chosen.name} is not it", usage=True)
+    reading = {"--data": data, "--data-root": data_root, "--part": part != "calibration"}
+    reading |= {"--calibration-tokens": calibration_tokens != TOKENS, "--window": window != WINDOW}
+    if not chosen.calibrated and (odd := [name for name, given in reading.items() if given]):
+        raise CommandError(f"{odd[0]} says what is calibrated on, and {chosen.name} looks at no text", usage=True)
+    if chosen.calibrated:
         if data is None:
-            raise CommandError(f"{plan.recipe.method.name} calibrates on text: say --data", usage=True)
+            raise CommandError(f"{chosen.name} calibrates on text: say --data", usage=True)
         texts = cut(_documents(data, data_root, part), HubTokenizer(plan.order.source), window)
         windows = texts.drawn(calibration_tokens, seed)
         tokens, digest = Tokens.of(windows.ids, windows.lengths), windows.digest

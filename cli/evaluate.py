@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cli.options import Config, takes_settings
+from cli.options import MAX_SEED, Config, takes_settings
 from cli.output import AsJson, CommandError, Steps, say, tell_json
-from cli.subject import find_prompt, prompt_from_file, told_of
+from cli.subject import equal_prompt, find_prompt, told_of
 
 if TYPE_CHECKING:
     from lab.data.documents import Document
@@ -69,7 +69,7 @@ Cache = Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="Keep
 RunFolder = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="Keep a run folder; one that was cut short goes on.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Of the resamples.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Of the resamples.")]
 
 
 @takes_settings(PANELS, compute="the dtype")
@@ -95,7 +95,8 @@ def evaluate(
     **flags: Any,
 ) -> None:
     """Measure perplexity on a text, and how far a prompt brings a compressed model back to the dense one."""
-    if text is None and tasks is None:
+    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
+    if not text and not names:
         raise CommandError("nothing to evaluate on: say --text, or --tasks", usage=True)
     for name, value, needed, why in (
         ("--controls", controls, prompt, "--prompt"),
@@ -115,7 +116,6 @@ def evaluate(
     settings = load_settings(config, model=model, **flags)
     if prefixes is None:
         prefixes = PREFIXES if controls and text and (part == "report" or prefix_text) else 0
-    names = tuple(name.strip() for name in (tasks or "").split(",") if name.strip())
     given = (prompt, text, part, window, dense, dense_prompt, controls, prefixes, prefix_text)
     asked = _Asked(*given, names, task_items, data_root, cache, seed)
     with patient_progress() as steps:
@@ -283,16 +283,19 @@ def _dense(
     """The dense model's part, in the dtype and on the device of the model that is evaluated."""
     from cli.model import find_model
     from lab.evaluate.conditions import of_dense
+    from llama.identity import identify
     from llama.load import load
 
     assert asked.dense is not None
-    model = loaded.model
-    dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
-    dense = load(find_model(asked.dense), dtype=dtype, device=device, progress=steps)
-    told = dense.identity
+    model, place = loaded.model, find_model(asked.dense)
+    told = identify(place)
+    if told.level != "dense":
+        raise CommandError(f"--dense {asked.dense} is {told.level}; name the dense checkpoint that the model is of")
     if told.base != loaded.identity.base:
         raise CommandError(f"--dense {asked.dense} is of base {told.base}, the model of base {loaded.identity.base}")
-    equal = prompt_from_file(asked.dense_prompt, dense) if asked.dense_prompt else None
+    dtype, device = str(model.dtype).removeprefix("torch."), str(model.device)
+    dense = load(place, dtype=dtype, device=device, identity=told, progress=steps)
+    equal = equal_prompt(asked.dense_prompt, dense, prompt) if asked.dense_prompt and prompt else None
     same = prompt if asked.controls else None
     found = of_dense(dense, windows, steps, cache=asked.cache, equal=equal, same=same)
     return found, {"dense": {"model": told.name, "level": told.level, "weights": told.weights}}

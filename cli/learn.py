@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.options import MAX_SEED
 from cli.output import AsJson, CommandError, tell
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ Dense = Annotated[
 Base = Annotated[
     str | None, typer.Option("--base", help="Base of a foreign compressed MODEL: digest, or dense folder.")
 ]
-Seed = Annotated[int, typer.Option("--seed", help="Order of the data, and random starts.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Order of the data, and random starts.")]
 Out = Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Prompt file; else in the run folder.")]
 Tokens = Annotated[int | None, typer.Option("--tokens", metavar="N", help="Text tokens.", rich_help_panel=LENGTH)]
 Steps = Annotated[int | None, typer.Option("--steps", metavar="N", help="Steps.", rich_help_panel=LENGTH)]
@@ -140,6 +141,8 @@ def _check_words(kind: str, bos: str, out: Path | None) -> None:
         raise CommandError(
             f"--kind {kind} is a control and leaves figures alone; give --run in place of --out", usage=True
         )
+    if out is not None and out.is_dir():
+        raise CommandError(f"--out {out} is a folder; name a file", usage=True)
     if bos not in ("tokenizer", "none", "after_prompt"):
         raise CommandError(f"--bos is {bos!r}; it is tokenizer, none or after_prompt", usage=True)
 

@@ -53,6 +53,9 @@ def matrix(
     from lab.progress import progress
     from lab.table import read_table
 
+    for name, value in (("--memory", memory), ("--tokens-per-second", tokens_per_second)):
+        if value is not None and not dry_run:
+            raise CommandError(f"{name} is of use with --dry-run only", usage=True)
     told = read_table(table)
     told = told if device is None else replace(told, device=device)
     whole = Matrix(told, find_model(told.model), root or Path("runs") / table.stem, data_root)

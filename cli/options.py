@@ -17,6 +17,7 @@ from pydantic.fields import FieldInfo
 
 from server.settings import Settings
 
+MAX_SEED = 2**63 - 1  # what generators take
 REGISTRY = "Registry"
 Url = Annotated[
     str | None,

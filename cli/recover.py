@@ -17,8 +17,9 @@ from cli.output import AsJson, CommandError, say, tell_json
 if TYPE_CHECKING:
     from lab.learn.budget import Budget as Length
     from lab.learn.recipe import Recipe
+    from lab.plan import Order, Plan
     from lab.publish import Published
-    from lab.recover import Order, Outcome, Plan
+    from lab.recover import Outcome
     from server.settings import Settings
 
 Model = Annotated[str, typer.Argument(help="Dense checkpoint: a folder, or a name that was pulled.")]
@@ -89,7 +90,7 @@ def recover(
 ) -> None:
     """Compress, learn, measure on unseen data, push with the measurements. A command that was cut short goes on."""
     from cli.model import find_model
-    from lab.recover import Order
+    from lab.plan import Order
     from server.settings import load_settings
 
     _check(kind, bos)
@@ -153,10 +154,11 @@ def _run(
     from lab.data.named import documents
     from lab.data.splits import record, split
     from lab.outlook import estimates
+    from lab.plan import Places
     from lab.progress import progress
     from lab.prove import measurement
     from lab.publish import publish
-    from lab.recover import Places, planned, recover
+    from lab.recover import planned, recover, rival
     from lab.run import open_run
     from lab.whole import Whole
 
@@ -176,10 +178,9 @@ def _run(
         assert order.task is not None
         assert outcome.select is not None
         assert outcome.report is not None
-        with whole.step("push"), open_store(settings) as registry:
-            pushed = publish(
-                registry, outcome.file, order.task, measurement(outcome.select), measurement(outcome.report)
-            )
+        with whole.step("push") as step, open_store(settings) as registry:
+            found = measurement(outcome.select), measurement(outcome.report)
+            pushed = publish(registry, outcome.file, order.task, *found, lambda other: rival(plan, other, step))
         before = kept.figures.get("seconds", {})
         spent = {name: seconds + before.get(name, 0) for name, seconds in whole.seconds.items()}
         _write_page(folder)

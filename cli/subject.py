@@ -101,3 +101,20 @@ def _from_store(
             return (stitch.prompt, stitch.told(engine.info)) if stitch else (None, {})
         finally:
             engine.close()
+
+
+def equal_prompt(file: Path, dense: LoadedModel, prompt: SoftPrompt) -> SoftPrompt:
+    """The dense model's own prompt, of the kind and length of ours. Raises CommandError."""
+    from prompts_store.file import read_prompt
+
+    found = prompt_from_file(file, dense)
+    if (level := read_prompt(file).provenance.level) not in (None, "dense"):
+        raise CommandError(
+            f"--dense-prompt {file} was learned at {level}; give one that was learned on the dense model"
+        )
+    if (found.kind, found.shape) != (prompt.kind, prompt.shape):
+        raise CommandError(
+            f"--dense-prompt {file} is {found.kind} {found.shape}, the prompt {prompt.kind} {prompt.shape}; only "
+            "prompts of one kind and size can be held against each other"
+        )
+    return found

@@ -51,7 +51,8 @@ DataRoot = Annotated[
 ]
 Window = Annotated[int, typer.Option("--window", min=2, help="Text tokens of one window.")]
 Most = Annotated[int | None, typer.Option("--windows", min=1, help="Score at most so many windows of each split.")]
-Budget = Annotated[str, typer.Option("--budget", help="Time for --in-situ: 90s, 5m, 1h.")]
+BUDGET = "5m"
+Budget = Annotated[str | None, typer.Option("--budget", help=f"Time for --in-situ: 90s, {BUDGET} (default), 1h.")]
 Base = Annotated[str | None, typer.Option("--base", help="Base of foreign checkpoints: digest, or dense folder.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<i>.")]
@@ -71,7 +72,7 @@ def transfer(
     prompt: Prompts = None,
     task: Tasks = None,
     in_situ: InSitu = None,
-    budget: Budget = "5m",
+    budget: Budget = None,
     window: Window = 256,
     windows: Most = None,
     data_root: DataRoot = None,
@@ -100,7 +101,9 @@ def transfer(
 
     asked = _Asked(models or [], in_situ, data or [], data_root, window, windows)
     asked.check(level or [])
-    seconds = seconds_of(budget) if in_situ else None
+    if budget is not None and not in_situ:
+        raise CommandError("--budget is of use with --in-situ only", usage=True)
+    seconds = seconds_of(budget or BUDGET) if in_situ else None
     found = models_of([find_model(name) for name in asked.names], level or [], base)
     with opened(url, key, store, config, needed=store is not None or not prompt) as registry:
         contenders = _contenders(registry, prompt or [], task or [], found[0].identity.base)
@@ -162,7 +165,8 @@ def _samples(order: _Asked, contenders: Sequence[Contender], models: Sequence[Mo
         raise CommandError(f"--window {order.window} does not fit the model's context of {context} tokens", usage=True)
     layouts = {contender.prompt.bos for contender in contenders}
     tokenizer = HubTokenizer(models[0].folder)
-    found = samples(order.data, order.data_root, tokenizer, order.window, layouts, order.windows)
+    learned = {contender.data for contender in contenders if contender.data}
+    found = samples(order.data, order.data_root, tokenizer, order.window, layouts, order.windows, learned)
     if not order.in_situ:
         return found
     if not (chosen := [each for each in found if each.split == "select"]):

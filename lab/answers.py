@@ -45,9 +45,9 @@ class _Answer:
 
 
 def questions(documents: Sequence[Document], take: int | None, seed: int, system: str | None = None) -> list[Question]:
-    """What is asked in them, `take` of them at random: a text, a `prompt`, or a chat up to its last answer.
+    """What is asked in them, `take` of them at random: a text, a `prompt`, or a chat up to its user's last message.
 
-    Raises DataError where a chat begins with its answer.
+    Raises DataError where nothing is asked.
     """
     chosen = list(documents)
     random.Random(seed).shuffle(chosen)
@@ -97,8 +97,8 @@ def write(asked: Sequence[Question], answers: Mapping[str, str], out: Path) -> N
 
 def _question(document: Document, system: str | None) -> Question:
     if document.turns:
-        last = max(at for at, turn in enumerate(document.turns) if turn.role == "assistant")
-        messages = [{"role": turn.role, "content": turn.content} for turn in document.turns[:last]]
+        last = max((at for at, turn in enumerate(document.turns) if turn.role == "user"), default=-1)
+        messages = [{"role": turn.role, "content": turn.content} for turn in document.turns[: last + 1]]
     else:
         messages = [{"role": "user", "content": document.text or ""}]
     if not any(message["content"].strip() for message in messages):

@@ -27,9 +27,10 @@ from lab.estimate import Speeds, memory, speeds
 from lab.learn.budget import Budget
 from lab.learn.compute import choose_compute
 from lab.outlook import estimates
+from lab.plan import Order, Places, Plan
 from lab.progress import Report
 from lab.prove import Material, prove
-from lab.recover import PROMPT, Order, Places, Plan, compress, planned, recover, subject
+from lab.recover import PROMPT, compress, planned, recover, subject
 from lab.run import open_run
 from lab.table import DENSE, Cell, Table, TableError
 from lab.transfer.samples import parts, sample
@@ -39,9 +40,10 @@ from llama.load import choose_device, choose_dtype
 from llama.shards import read_json
 from llama.tokenizer import HubTokenizer
 from prompts_store.file import read_prompt
-from prompts_store.prompt import Bos
+from prompts_store.prompt import Bos, SoftPrompt
 
 ERROR = "error.txt"  # beside the cell's folder
+PROMPTS = ("rows", "kv")  # kinds; others are controls
 PASSES = 6  # over the windows of a split, for a prompt of its own; what other cells scored, controls too, is kept
 
 
@@ -58,8 +60,10 @@ class Matrix:
         return self.root / "cells" / cell.name
 
     def finished(self, cell: Cell) -> bool:
-        """Whether nothing is left to do for a cell."""
-        return "cell" in _figures(self.folder(cell))
+        """Whether nothing is left to do for a cell, if it is still the one that was carried out."""
+        told = _figures(self.folder(cell)).get("cell")
+        asked = self.table.tasks[cell.task].also if cell.kind in PROMPTS else ()
+        return told is not None and all(_plain(name) in told for name in asked)
 
     def cells(self, only: str | None) -> list[Cell]:
         """All, or the one of this name. Raises TableError."""
@@ -108,7 +112,7 @@ def _estimate(matrix: Matrix, cell: Cell, limit: int | None, speed: Speeds) -> d
     compute, dtype = _numerics(matrix)
     tokens = figures.get("tokens") or tokens_of(cell.budget, recipe.batch * recipe.window, speed.learning)
     need = memory(matrix.config, cell.plain_level, cell.kind, recipe, compute, dtype, cuda=matrix.device.type == "cuda")
-    scored = (table.windows or 400) * recipe.window * PASSES if cell.kind in ("rows", "kv") else 0
+    scored = (table.windows or 400) * recipe.window * PASSES if cell.kind in PROMPTS else 0
     taught = tokens if recipe.distil else 0
     return {
         "cell": cell.name,
@@ -132,11 +136,12 @@ def run(matrix: Matrix, only: str | None, report: Report) -> Iterator[dict[str, 
     whole = Whole({name: 0.0 if each["finished"] else each["seconds"] for name, each in expected.items()}, report)
     data = _Data(matrix)
     for cell in matrix.cells(only):
-        if matrix.finished(cell):
-            yield {"cell": cell.name, "state": "finished before", **_figures(matrix.folder(cell))["cell"]}
-            continue
         _forget()
         try:
+            if matrix.finished(cell):
+                told = _told_before(matrix, cell, data)
+                yield {"cell": cell.name, "state": "finished before", **told}
+                continue
             with whole.step(cell.name) as step:
                 told = _carry_out(matrix, cell, data, step)
             yield {"cell": cell.name, "state": "finished", "seconds": whole.seconds[cell.name], **told}
@@ -158,10 +163,18 @@ class _Data:
         return self._found[task]
 
 
+def _told_before(matrix: Matrix, cell: Cell, data: _Data) -> Mapping[str, Any]:
+    """Raises RunError, which names what differs, where the table asks for something else by now."""
+    plan = _planned(matrix, cell, data, None)
+    with open_run(matrix.folder(cell), plan.record(), cell.seed) as kept:
+        told: Mapping[str, Any] = kept.figures["cell"]
+        return told
+
+
 def _carry_out(matrix: Matrix, cell: Cell, data: _Data, report: Report) -> Mapping[str, Any]:
-    plan = _planned(matrix, cell, data)
+    plan = _planned(matrix, cell, data, _twin(matrix, cell))
     if plan.solve:
-        compress(replace(plan, splits=data[matrix.table.calibrate]), report)
+        compress(plan, report)  # before the cell's folder says what it holds: it may be made otherwise
     with open_run(matrix.folder(cell), plan.record(), cell.seed) as kept:
         outcome = recover(plan, Whole(estimates(plan), report, ends=False))
         told: dict[str, Any] = {"loss": outcome.learned["best"]["loss"], "tokens": outcome.learned["tokens"]}
@@ -171,20 +184,25 @@ def _carry_out(matrix: Matrix, cell: Cell, data: _Data, report: Report) -> Mappi
             about = replace(subject(plan, outcome.file), every=None)  # controls are held against on the task's own data
             for name in matrix.table.tasks[cell.task].also:
                 folder = matrix.folder(cell) / f"report-{_plain(name)}"
-                found = prove(about, _also(matrix, cell, name), folder, plan.places.cache, report)
+                material = _also(matrix, cell, name, plan.splits.data)
+                found = prove(about, material, folder, plan.places.cache, report)
                 told[_plain(name)] = _summary(found)
         kept.tell(cell=told)
     return told
 
 
-def _planned(matrix: Matrix, cell: Cell, data: _Data) -> Plan:
+def _twin(matrix: Matrix, cell: Cell) -> SoftPrompt | None:
+    """What the same budget gave the dense model. Raises RunError where the table has it and it is not there yet."""
+    if cell.level == DENSE or all(each.name != cell.twin for each in matrix.table.cells):
+        return None
+    place = matrix.root / "cells" / cell.twin / "learn" / PROMPT
+    if cell.kind in PROMPTS and not place.exists():
+        raise RunError(f"it is held against the cell {cell.twin}, which has not finished: run that first (--only)")
+    return read_prompt(place).prompt if place.exists() else None
+
+
+def _planned(matrix: Matrix, cell: Cell, data: _Data, equal: SoftPrompt | None) -> Plan:
     table, root = matrix.table, matrix.root
-    equal = None
-    if cell.level != DENSE and any(each.name == cell.twin for each in table.cells):
-        place = root / "cells" / cell.twin / "learn" / PROMPT
-        if cell.kind in ("rows", "kv") and not place.exists():
-            raise RunError(f"it is held against the cell {cell.twin}, which has not finished: run that first (--only)")
-        equal = read_prompt(place).prompt if place.exists() else None
     order = Order(
         model=matrix.model,
         level=cell.plain_level,
@@ -206,11 +224,11 @@ def _planned(matrix: Matrix, cell: Cell, data: _Data) -> Plan:
         every=table.controls,
     )
     places = Places(matrix.folder(cell), root / "levels" / cell.made, root / "teacher")
-    return planned(order, data[cell.task], places, table.tasks[cell.task].data)
+    return planned(order, data[cell.task], places, table.tasks[cell.task].data, data[table.calibrate])
 
 
-def _also(matrix: Matrix, cell: Cell, name: str) -> Material:
-    found = tuple(parts(name, matrix.data_root)["report"])
+def _also(matrix: Matrix, cell: Cell, name: str, learned: str) -> Material:
+    found = tuple(parts(name, matrix.data_root, {learned})["report"])
     window, bos = cell.recipe.window, cast(Bos, matrix.table.bos)
     tokenizer = HubTokenizer(matrix.model)
     drawn = sample(_plain(name), "report", found, tokenizer, window, [bos], most=matrix.table.windows)

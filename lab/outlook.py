@@ -7,7 +7,8 @@ import torch
 from lab.estimate import speeds
 from lab.learn.budget import steps_of
 from lab.learn.compute import choose_compute
-from lab.recover import PROMPT, Plan
+from lab.plan import Plan
+from lab.recover import PROMPT
 from lab.run import FIGURES
 from llama.load import choose_dtype, info
 

@@ -6,7 +6,8 @@ measurement that the registry is told. Knows models, prompts and windows; knows 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from safetensors.torch import load_file
 from lab.data.documents import Document, digest, form
 from lab.data.windows import Windows
 from lab.evaluate.conditions import Conditions, conditions, of_dense
-from lab.evaluate.controls import Choice, untrained
+from lab.evaluate.controls import Choice, by_frequency, untrained
 from lab.evaluate.score import NotFiniteLoss, score
 from lab.evaluate.scorer import Scorer
 from lab.learn.forms import ADAPTED
@@ -63,12 +64,14 @@ class Subject:
     """A prompt and the models that it is held against; `equal` is a prompt learned on the dense one at equal cost.
 
     `every`: with all controls, the best real text by this choice among them; else with the untrained prompt alone.
+    `learned`: the documents that the prompt was learned from, for what a task costs by its answers' frequencies.
     """
 
     file: PromptFile
     models: Models
     equal: SoftPrompt | None = None
     every: Choice | None = None
+    learned: tuple[Document, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,8 +142,18 @@ def prove(
                     found = replace(found, controls={"untrained": scorer(windows, idle, report)})
             except NotFiniteLoss as error:
                 raise LearnError(str(error)) from error
-            run.tell(**found.told(), **_told(subject, material, served, found))
+            told = _told(subject, material, served, found) | floor(subject.learned, material, windows)
+            run.tell(**found.told(), **told)
         return run.figures
+
+
+def floor(learned: Sequence[Document], material: Material, windows: Windows) -> dict[str, Any]:
+    """What the answers of a task that is scored in these windows cost by their frequencies; nothing of other data."""
+    if form(material.documents) != "completion" or not learned:
+        return {}
+    asked = [material.documents[at] for at in sorted(set(windows.document.tolist()))]
+    nats = by_frequency(learned, asked)
+    return {"by_frequency": {"perplexity": math.exp(nats / windows.scored_tokens), "nats_an_answer": nats / len(asked)}}
 
 
 def prove_adapted(
@@ -181,7 +194,7 @@ def measurement(figures: Mapping[str, Any]) -> Measurement:
     return Measurement(**figures["measurement"])
 
 
-def _told(subject: Subject, material: Material, served: LoadedModel, found: Conditions) -> Mapping[str, Any]:
+def _told(subject: Subject, material: Material, served: LoadedModel, found: Conditions) -> dict[str, Any]:
     prompt, sample = subject.file.prompt, material.sample
     return {
         **_where(material, subject.models, served, found.main.windows),

@@ -6,7 +6,7 @@ registry and its rule of promotion; knows no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +14,7 @@ from lab.transfer.prompts import Contender, record
 from lab.transfer.registry import StoreRegistry
 from prompts_store.aliases import ANY_REVISION
 from prompts_store.errors import NotFound
-from prompts_store.file import PromptFile
+from prompts_store.file import PromptFile, read_prompt
 from prompts_store.records import Actor, Alias, Measurement, RecordedMeasurement, Version
 from prompts_store.store import PromptStore
 
@@ -46,12 +46,20 @@ class Published:
         }
 
 
-def publish(store: PromptStore, file: PromptFile, task: str, select: Measurement, report: Measurement) -> Published:
+def publish(
+    store: PromptStore,
+    file: PromptFile,
+    task: str,
+    select: Measurement,
+    report: Measurement,
+    measure: Callable[[PromptFile], Measurement],
+) -> Published:
     """Push the prompt with both measurements; `default` at its level moves to it only if the whole interval of its
-    gain on `select` lies above 0, and what it points to now was not measured better on just these data and weights.
-    What is reported decides nothing, or it would be no report.
+    gain on `select` lies above 0, and what it points to now is not better on just these data and weights: where that
+    was not measured, `measure` does it, as it did for `select`. What is reported decides nothing, or it would be no
+    report.
 
-    Raises StoreError.
+    Raises StoreError, and what `measure` raises.
     """
     version, new = store.push(file, task, by=RECORDER)
     origin = Contender(file.prompt, f"{task}@{version.version}", task, version.version, version.level, version.weights)
@@ -62,10 +70,8 @@ def publish(store: PromptStore, file: PromptFile, task: str, select: Measurement
         return Published(version, new, True, f"{task}:{DEFAULT} points to it already")
     if select.gain is None or select.gain_low is None or select.gain_low <= 0:
         return Published(version, new, False, f"its gain on select is not more than chance: {_gain(select)}")
-    if now is not None and (better := _better(store, now, select)) is not None:
-        why = (
-            f"{task}@{now.version}, the default, has perplexity {better:.2f} on the same data, this {select.value:.2f}"
-        )
+    if now is not None and (other := _of_default(store, now, select, measure)) < select.value:
+        why = f"{task}@{now.version}, the default, has perplexity {other:.2f} on the same data, this {select.value:.2f}"
         return Published(version, new, False, why)
     expected = None if now is None else ANY_REVISION
     store.aliases.put(task, DEFAULT, version.version, expected=expected, gain_on=select.served_weights, by=RECORDER)
@@ -79,15 +85,24 @@ def _alias(store: PromptStore, version: Version) -> Alias | None:
         return None
 
 
-def _better(store: PromptStore, alias: Alias, ours: Measurement) -> float | None:
-    """The perplexity of the alias's version on the same data and weights, if it is lower."""
+def _of_default(
+    store: PromptStore, alias: Alias, ours: Measurement, measure: Callable[[PromptFile], Measurement]
+) -> float:
+    """The perplexity of the alias's version on the same data and weights."""
     same = ("metric", "dataset", "split", "served_weights")
     found = [
         each.measurement.value
         for each in _measured(store, alias.task, alias.version)
         if all(getattr(each.measurement, name) == getattr(ours, name) for name in same)
     ]
-    return found[-1] if found and found[-1] < ours.value else None
+    if found:
+        return found[-1]
+    version = store.versions.get(alias.task, alias.version)
+    file = read_prompt(store.content(alias.task, alias.version))
+    name = f"{alias.task}@{alias.version}"
+    known = Contender(file.prompt, name, alias.task, alias.version, version.level, version.weights)
+    record(StoreRegistry(store), known, measured := measure(file))
+    return measured.value
 
 
 def _measured(store: PromptStore, task: str, version: int) -> Iterator[RecordedMeasurement]:

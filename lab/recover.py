@@ -23,117 +23,26 @@ from lab.data.splits import Splits
 from lab.data.windows import cut
 from lab.disk import write_bytes
 from lab.evaluate.controls import Choice
-from lab.learn.budget import Budget
 from lab.learn.learn import ADAPTED_TENSORS, learn
 from lab.learn.order import Order as LearnOrder
-from lab.learn.order import Plan as LearnPlan
 from lab.learn.order import planned as planned_learning
-from lab.learn.recipe import Kind, LearnError, Recipe
+from lab.learn.recipe import LearnError
+from lab.plan import Order, Places, Plan
 from lab.progress import Report
-from lab.prove import Control, Material, Models, Subject, prove, prove_adapted
-from lab.run import CONFIG, FIGURES, Run, open_run
+from lab.prove import Control, Material, Models, Subject, measurement, prove, prove_adapted
+from lab.run import CONFIG, Run, open_run
 from lab.transfer.samples import SPLITS, Sample, Split, sample
 from lab.whole import Whole
 from llama.errors import ModelError
 from llama.formats import LOAD_LEVELS
 from llama.identity import identify
-from llama.load import info
-from llama.manifest import Manifest
 from llama.shards import read_json
 from llama.tokenizer import HubTokenizer
 from prompts_store.file import PromptFile, encode_prompt, read_prompt
-from prompts_store.prompt import Bos, SoftPrompt
+from prompts_store.records import Measurement
 
 PROMPT = "prompt.safetensors"
 CALIBRATION_WINDOW = 256
-
-
-@dataclass(frozen=True)
-class Order:
-    """What is wanted. `level` is None for a model that is compressed already, whose `dense` checkpoint is then named.
-
-    `method` None: levels that can be made while loading are, others come from the solver, which calibrates on so many
-    `calibration` tokens; `windows` are scored of each split at most, drawn by lot; `equal` is a prompt learned on the
-    dense model at equal cost, `every` asks for all controls.
-    """
-
-    model: Path
-    level: str | None
-    task: str | None
-    kind: Kind
-    recipe: Recipe
-    budget: Budget
-    method: str | None = None
-    dense: Path | None = None
-    calibration: int = 32768
-    windows: int | None = 96
-    bos: Bos = "tokenizer"
-    dtype: str = "auto"
-    device: str = "auto"
-    compute: str = "auto"
-    seed: int = 0
-    equal: SoftPrompt | None = None
-    every: bool = False
-    base: str | None = None  # of a foreign compressed model, as `llama.identity.identify` takes it
-    embedding: str = "keep"  # of the checkpoint that the solver writes, as it takes it; so is
-    allocation: str = "uniform"
-
-
-@dataclass(frozen=True)
-class Places:
-    """Folders: of the runs of the steps, of the packed checkpoint if one is made, of dense models' states."""
-
-    run: Path
-    checkpoint: Path
-    cache: Path
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An order that holds. `solve`: a checkpoint is written first; `learning` is of the model that this leaves."""
-
-    order: Order
-    places: Places
-    splits: Splits
-    materials: Mapping[Split, Material]
-    solve: bool
-    base: str
-    source: str  # weights of the model that was named
-    learning: LearnPlan | None = None  # None until the checkpoint is there
-
-    @property
-    def served(self) -> tuple[Path, str | None]:
-        """What is learned through and served: a folder, and the level that it is loaded at."""
-        return (self.places.checkpoint, None) if self.solve else (self.order.model, self.order.level)
-
-    @property
-    def dense(self) -> Path | None:
-        """The dense checkpoint, where the model that is served is not that itself."""
-        order = self.order
-        return order.dense or (order.model if order.level not in (None, "dense") else None)
-
-    def record(self) -> dict[str, Any]:
-        """All that the outcome depends on, for the run folder of the whole."""
-        order = self.order
-        return {
-            "command": "recover",
-            "base": self.base,
-            "source": self.source,
-            "level": order.level,
-            "method": order.method,
-            "task": order.task,
-            "kind": order.kind,
-            "recipe": order.recipe.told(),
-            "budget": {"amount": order.budget.amount, "unit": order.budget.unit},
-            "calibration": order.calibration if self.solve else None,
-            **({"embedding": order.embedding} if self.solve and order.embedding != "keep" else {}),
-            **({"allocation": order.allocation} if self.solve and order.allocation != "uniform" else {}),
-            "windows": order.windows,
-            "data": self.splits.data,
-            "bos": order.bos,
-            "dtype": order.dtype,
-            "compute": order.compute,
-        }
 
 
 @dataclass(frozen=True)
@@ -147,8 +56,9 @@ class Outcome:
     compressed: Mapping[str, Any] | None
 
 
-def planned(order: Order, splits: Splits, places: Places, data: str) -> Plan:
-    """Everything that can be found wrong before a weight is read is found here. `data` is what the data is called.
+def planned(order: Order, splits: Splits, places: Places, data: str, shared: Splits | None = None) -> Plan:
+    """Everything that can be found wrong before a weight is read is found here. `data` is what the data is called,
+    `shared` as in Plan.
 
     Raises LearnError, DataError, ModelError.
     """
@@ -160,11 +70,8 @@ def planned(order: Order, splits: Splits, places: Places, data: str) -> Plan:
         raise ModelError(
             f"{order.model} is {stored.level} already; compress the dense checkpoint, or leave --method out"
         )
-    if order.dense is not None and (other := identify(order.dense).base) != stored.base:
-        raise ModelError(
-            f"--dense {order.dense} is of base {other}, the model of {stored.base}; name the dense checkpoint that the "
-            "model was made from, or say that it is (--base)"
-        )
+    if order.dense is not None:
+        _check_dense(order.dense, stored.base)
     solve = order.level is not None and (order.method is not None or order.level not in LOAD_LEVELS)
     for name, asked, usual in (("embedding", order.embedding, "keep"), ("allocation", order.allocation, "uniform")):
         if asked != usual and not solve:
@@ -172,15 +79,26 @@ def planned(order: Order, splits: Splits, places: Places, data: str) -> Plan:
                 f"{name} is {asked!r}, but {order.level or 'the model'} is made while loading and writes no "
                 "checkpoint; name a method, --method gptq"
             )
-    if not splits.parts["calibration"] and solve:
+    if solve and not (shared or splits).parts["calibration"]:
         raise DataError("no document is left to calibrate on; give more documents, of more sites")
-    plan = Plan(order, places, splits, _materials(order, splits, data), solve, stored.base, stored.weights)
+    plan = Plan(order, places, splits, _materials(order, splits, data), solve, stored.base, stored.weights, shared)
     if solve and not places.checkpoint.exists():
         solver.planned(_solver_order(plan))
         tried = replace(order.recipe, distil=0.0)
         planned_learning(replace(_learn_order(plan), model=order.model, level=None, dense=None, recipe=tried), splits)
         return plan
     return replace(plan, learning=planned_learning(_learn_order(plan), splits))
+
+
+def _check_dense(place: Path, base: str) -> None:
+    other = identify(place)
+    if other.level != "dense":
+        raise ModelError(f"--dense {place} is {other.level}; name the dense checkpoint that the model was made from")
+    if other.base != base:
+        raise ModelError(
+            f"--dense {place} is of base {other.base}, the model of {base}; name the dense checkpoint that the model "
+            "was made from, or say that it is (--base)"
+        )
 
 
 def recover(plan: Plan, whole: Whole) -> Outcome:
@@ -206,9 +124,17 @@ def recover(plan: Plan, whole: Whole) -> Outcome:
     return Outcome(file, learned, figures["select"], figures["report"], compressed)
 
 
+def rival(plan: Plan, file: PromptFile, report: Report) -> Measurement:
+    """What another prompt is worth on what this plan selects by. Raises RunError, ModelError."""
+    folder = plan.places.run / f"select-{file.prompt.digest.removeprefix('sha256:')[:12]}"
+    about = Subject(file, _models(plan))
+    return measurement(prove(about, plan.materials["select"], folder, plan.places.cache, report, full=False))
+
+
 def subject(plan: Plan, file: PromptFile) -> Subject:
     """The prompt, with all that it is held against."""
-    return Subject(file, _models(plan), plan.order.equal, _choice(plan) if plan.order.every else None)
+    every = _choice(plan) if plan.order.every else None
+    return Subject(file, _models(plan), plan.order.equal, every, tuple(plan.splits.parts["learn"]))
 
 
 def _control(plan: Plan) -> Control:
@@ -231,18 +157,23 @@ def _choice(plan: Plan) -> Choice:
 
 
 def compress(plan: Plan, report: Report) -> Mapping[str, Any]:
-    """The packed checkpoint in its place, and what the solver told of it. Raises ModelError, RunError, DataError."""
+    """The packed checkpoint in its place, and what the solver told of it. One that is there already is taken if its
+    run folder says that it was made just as it is asked for. Raises ModelError, RunError, DataError."""
     place = plan.places.checkpoint
     folder = place.with_name(f"{place.name}.run")
-    if place.exists():
-        return _compressed(plan, place, folder / FIGURES)
+    if place.exists() and not folder.exists():
+        raise ModelError(
+            f"{place} is there, but not {folder}, which would say how it was made; name another --out, or recover it "
+            "as it is: its folder in place of the dense model, without --level, and --dense"
+        )
     order = _solver_order(plan)
     made = solver.planned(order)
+    seed = 0 if plan.shared else plan.order.seed
     tokens, digest = None, None
     if made.recipe.method.calibrated:
-        documents = plan.splits.parts["calibration"]
-        tokens, digest = _calibration(order.source, documents, plan.order)
-    with open_run(folder, made.config(digest), plan.order.seed) as run:
+        documents = (plan.shared or plan.splits).parts["calibration"]
+        tokens, digest = _calibration(order.source, documents, plan.order, seed)
+    with open_run(folder, made.config(digest), seed) as run:
         manifest, sizes = solver.compress(made, tokens, run, report)
         run.tell(
             name=manifest.name,
@@ -256,16 +187,6 @@ def compress(plan: Plan, report: Report) -> Mapping[str, Any]:
             **{f"{name}_bytes": value for name, value in asdict(sizes).items()},
         )
         return dict(run.figures)
-
-
-def _compressed(plan: Plan, place: Path, figures: Path) -> Mapping[str, Any]:
-    """What is known of the checkpoint that is there; it must be the one that was asked for."""
-    manifest = Manifest.read(place)
-    if manifest is None or (manifest.base, manifest.level) != (plan.base, plan.order.level):
-        found = "no checkpoint of ours" if manifest is None else f"{manifest.level} of base {manifest.base}"
-        raise ModelError(f"{place} is {found}, asked for is {plan.order.level} of {plan.base}; name another --out")
-    told = {"level": manifest.level, "weights": manifest.weights, "disk_bytes": info(place).disk_bytes}
-    return {**(read_json(figures) if figures.exists() else {}), **told}
 
 
 def _solver_order(plan: Plan) -> solver.Order:
@@ -283,10 +204,10 @@ def _solver_order(plan: Plan) -> solver.Order:
     )
 
 
-def _calibration(model: Path, documents: Sequence[Document], order: Order) -> tuple[Tokens, str]:
+def _calibration(model: Path, documents: Sequence[Document], order: Order, seed: int) -> tuple[Tokens, str]:
     """The windows that the solver reads, and their digest."""
     windows = cut(documents, HubTokenizer(model), min(CALIBRATION_WINDOW, order.recipe.window))
-    windows = windows.drawn(order.calibration, order.seed)
+    windows = windows.drawn(order.calibration, seed)
     return Tokens.of(windows.ids, windows.lengths), windows.digest
 
 

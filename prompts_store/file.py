@@ -113,8 +113,16 @@ def encode_prompt(file: PromptFile) -> bytes:
 
 
 def write_prompt(path: Path, file: PromptFile) -> None:
-    """Write the canonical bytes. Raises OSError."""
-    path.write_bytes(encode_prompt(file))
+    """Write the canonical bytes, all of them or none. Raises OSError."""
+    part = path.with_name(f".{path.name}.part")
+    try:
+        part.write_bytes(encode_prompt(file))
+        part.replace(path)
+    except BaseException as error:
+        part.unlink(missing_ok=True)
+        if isinstance(error, OSError) and error.filename is None:  # `write` knows no names
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
 
 
 @dataclass(frozen=True, slots=True)

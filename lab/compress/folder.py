@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock, Timeout
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -38,8 +39,13 @@ class GrowingFolder:
         check_free(place)
         self.place, self._shards = place, shards
         self._growing = place.with_name(f".{place.name}.part")
+        self._lock = FileLock(place.with_name(f".{place.name}.lock"), timeout=0)
         with saving(self._growing):
             self._growing.mkdir(parents=True, exist_ok=True)
+            try:
+                self._lock.acquire()
+            except Timeout as error:
+                raise RunError(f"another process is writing {place}; wait for it, or choose another --out") from error
 
     def add(self, number: int, tensors: Mapping[str, Tensor]) -> None:
         """Write shard `number` (from 0); one that is there already is replaced. Raises RunError."""
@@ -69,6 +75,8 @@ class GrowingFolder:
             manifest.write(self._growing)
             check_free(self.place)
             give_name(self._growing, self.place)
+        self._lock.release()
+        Path(self._lock.lock_file).unlink(missing_ok=True)
         return manifest
 
     def _index(self) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import gzip
 import hashlib
 import json
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,9 @@ from urllib.parse import urlsplit
 
 JSON_SUFFIXES = frozenset({".jsonl", ".ndjson", ".json"})
 TEXT_SUFFIXES = frozenset({".txt", ".text", ".md", ".raw"})
+
+
+Make = Callable[[Mapping[str, Any], str], "Document"]  # of a record, and where it stands
 
 
 class DataError(ValueError):
@@ -72,22 +75,24 @@ def normalised(text: str) -> list[str]:
     return re.findall(r"\w+", text.lower())
 
 
-def read(path: Path) -> list[Document]:
+def read(path: Path, make: Make | None = None) -> list[Document]:
     """The documents of a file, or of all files of a folder in the order of their names.
 
-    A `.txt` is one document; `.jsonl` holds one a line, gzipped or not. Raises DataError.
+    A `.txt` is one document; `.jsonl` holds one a line, gzipped or not, of which `make` (None: `document`) makes one.
+    Raises DataError.
     """
+    make = make or document
     if path.is_dir():
         known = JSON_SUFFIXES | TEXT_SUFFIXES
         files = sorted(file for file in path.rglob("*") if file.is_file() and _suffix(file) in known)
         if not files:
             raise DataError(f"{path} holds no data; it takes files ending in {', '.join(sorted(known))}")
-        return [document for file in files for document in read(file)]
+        return [each for file in files for each in read(file, make)]
     if not path.is_file():
         raise DataError(f"there is no {path}")
     text = decode(_bytes(path), path)
     if _suffix(path) in JSON_SUFFIXES:
-        documents = [document(record, f"{path.name}:{line}") for line, record in records(text, path)]
+        documents = [make(record, f"{path.name}:{line}") for line, record in records(text, path)]
     else:
         documents = [Document(path.name, text=text)]
     if not any(each.words.strip() for each in documents):
@@ -119,6 +124,15 @@ def records(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         if not isinstance(record, dict):
             raise DataError(f"{path}, line {number} is {type(record).__name__}; one object is wanted a line")
         yield number, record
+
+
+def question(record: Mapping[str, Any], where: str) -> Document:
+    """The same of data that need not be answered. Raises DataError."""
+    if "messages" in record:
+        return Document(str(record.get("id", where)), turns=_turns(record["messages"], where, answered=False))
+    if "prompt" in record:
+        return Document(str(record.get("id", where)), text=_text(record, "prompt", where))
+    return document(record, where)
 
 
 def document(record: Mapping[str, Any], where: str) -> Document:
@@ -154,7 +168,7 @@ def digest(documents: Sequence[Document]) -> str:
     return f"sha256:{hashed.hexdigest()}"
 
 
-def _turns(messages: Any, where: str) -> tuple[Turn, ...]:
+def _turns(messages: Any, where: str, answered: bool = True) -> tuple[Turn, ...]:
     if not isinstance(messages, list) or not messages:
         raise DataError(f"{where}: messages must be a list of at least one object with role and content")
     turns = []
@@ -162,7 +176,7 @@ def _turns(messages: Any, where: str) -> tuple[Turn, ...]:
         if not isinstance(message, dict):
             raise DataError(f"{where}: messages[{at}] must be an object with role and content")
         turns.append(Turn(_text(message, "role", where), _text(message, "content", where)))
-    if not any(turn.role == "assistant" for turn in turns):
+    if answered and not any(turn.role == "assistant" for turn in turns):
         raise DataError(f"{where}: messages hold no turn of the assistant, and only those are learned and scored")
     return tuple(turns)
 

@@ -4,6 +4,7 @@
     wikitext2     articles of WikiText-2; parts train and validation
     banking77     bank customers' questions and what they are after; parts train and test
     boolq         a passage, a question and yes or no; parts train and validation
+    gsm8k         word problems with worked solutions; parts train and test
     piqa, openbookqa, arc_easy, boolq, gsm8k, banking77: their part questions is what is asked in training data, alone
 
 `name/part` is one part. The tasks among them are written as lm-eval writes them, so that what is learned on a task is
@@ -23,7 +24,7 @@ from typing import Any
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-from lab.data.documents import DataError, Document, decode, document, read, records
+from lab.data.documents import DataError, Document, Make, decode, document, read, records
 
 ROOT_VARIABLE = "PROMPTSTITCH_DATA_ROOT"
 CONVERTED = "refs/convert/parquet"  # the Hub's own conversion of every public data set
@@ -56,6 +57,12 @@ def _intent(row: Record, where: str) -> Document:
     return Document(str(row.get("id", where)), text=asked, completion=f" {label}")
 
 
+def _solved(row: Record, where: str) -> Document:
+    """GSM8K: the whole solution, as lm-eval shows it, with its calculator's marks."""
+    asked = f"Question: {row['question']}\nAnswer:"
+    return Document(str(row.get("id", where)), text=asked, completion=f" {row['answer']}")
+
+
 def _asked(row: Record, where: str) -> Document | None:
     """A whole question as a person would ask it: the first of the fields that these data sets ask in."""
     names = ("question", "goal", "question_stem", "text", "context")
@@ -85,6 +92,8 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
         "boolq/validation": Source(
             "boolq/validation*.jsonl", "google/boolq", "default/validation/0000.parquet", _passage
         ),
+        "gsm8k/train": Source("gsm8k/train*.jsonl", "openai/gsm8k", "main/train/0000.parquet", _solved),
+        "gsm8k/test": Source("gsm8k/test*.jsonl", "openai/gsm8k", "main/test/0000.parquet", _solved),
         "boolq/questions": _questions("boolq/train*.jsonl", "google/boolq", "default/train/0000.parquet"),
         "banking77/questions": _questions("banking77/train*.jsonl", "mteb/banking77", "default/train/0000.parquet"),
         "piqa/questions": _questions("piqa/train*.jsonl", "ybisk/piqa", "plain_text/train/0000.parquet"),
@@ -94,16 +103,21 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
     }
 )
 ALIASES = MappingProxyType(
-    {"wikitext2": "wikitext2/validation", "banking77": "banking77/train", "boolq": "boolq/train"}
+    {
+        "wikitext2": "wikitext2/validation",
+        "banking77": "banking77/train",
+        "boolq": "boolq/train",
+        "gsm8k": "gsm8k/train",
+    }
 )
 
 
-def documents(name: str, root: Path | None = None) -> list[Document]:
+def documents(name: str, root: Path | None = None, make: Make = document) -> list[Document]:
     """The documents of a file, a folder or a name. `root` is the folder that names are looked up in first, else the
-    one in the environment. Raises DataError."""
+    one in the environment; `make` reads a record of a file. Raises DataError."""
     path = Path(name).expanduser()
     if path.exists():
-        return read(path)
+        return read(path, make)
     source = SOURCES.get(ALIASES.get(name, name))
     if source is None:
         known = ", ".join([*SOURCES, *ALIASES])

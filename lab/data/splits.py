@@ -34,19 +34,20 @@ PIECE = 2000  # characters of a text that is alone, and has to be dealt out itse
 class Splits:
     """The parts, each in the order of the data; `dropped`: documents left out of a part for an overlap with another.
 
-    `data` is the digest of all documents that were dealt.
+    `data` is the digest of all documents that were dealt; of `one_site`, they were dealt each by itself.
     """
 
     parts: Mapping[Part, tuple[Document, ...]]
     dropped: Mapping[Part, int]
     data: str
+    one_site: bool = False
 
     def manifest(self) -> dict[str, Any]:
         """What is written down: how it was dealt, and digests of what came out."""
         parts = {
             name: {
                 "documents": len(documents),
-                "domains": len({document.domain for document in documents}),
+                "domains": 1 if self.one_site else len({document.domain for document in documents}),
                 "dropped": self.dropped[name],
                 "digest": digest(documents),
             }
@@ -60,10 +61,12 @@ def split(documents: Sequence[Document], *needed: Part) -> Splits:
     remains empty; without any named, those that learning needs."""
     each = _pieces(documents[0]) if len(documents) == 1 else documents
     sites = _dealt({document.domain for document in each})
-    if len(sites) == 1:  # then that says nothing, and documents go by themselves
+    one_site = len(sites) == 1
+    if one_site:  # then that says nothing, and documents go by themselves
         each = [replace(document, domain=document.content) for document in each]
         sites = _dealt({document.domain for document in each})
     own = [set(grams(document.words)) for document in each]
+    whole = [document.content.encode() for document in each]  # in whose place no form stands, however common
     counts = Counter(gram for found in own if len(found) > 1 for gram in found)
     common = {gram for gram, count in counts.items() if count > max(COMMON[0], COMMON[1] * len(each))}
     taken: set[bytes] = set()
@@ -71,8 +74,8 @@ def split(documents: Sequence[Document], *needed: Part) -> Splits:
     dropped: dict[Part, int] = {}
     for part in SHARES:
         candidates = [
-            (document, found - common)
-            for document, found in zip(each, own, strict=True)
+            (document, (found - common) | {content})
+            for document, found, content in zip(each, own, whole, strict=True)
             if sites[document.domain] == part
         ]
         clean = [(document, found) for document, found in candidates if found.isdisjoint(taken)]
@@ -84,7 +87,7 @@ def split(documents: Sequence[Document], *needed: Part) -> Splits:
             f"{len(each)} documents of {len(sites)} sites leave nothing for the part {empty[0]}: {why}"
             "give more documents that differ"
         )
-    return Splits(kept, dropped, digest(documents))
+    return Splits(kept, dropped, digest(documents), one_site and len(each) > 1)
 
 
 def part_of(domain: str) -> Part:

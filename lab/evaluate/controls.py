@@ -5,12 +5,15 @@ Knows a model, its embeddings and text; knows no files.
 
 from __future__ import annotations
 
+import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
+from lab.data.documents import Document
 from lab.data.windows import Tokenizer, Windows
 from lab.evaluate.forward import own_kv
 from lab.evaluate.score import Progress
@@ -99,3 +102,12 @@ def best_prefix(
         tried.append(perplexity)
         progress("text prefixes", len(tried), choice.k)
     return best, tried
+
+
+def by_frequency(learned: Sequence[Document], asked: Sequence[Document]) -> float:
+    """Nats that the completions of `asked` cost whoever knows how often each one came in `learned` and no more, one
+    count being left for what never came."""
+    counts = Counter(document.completion for document in learned)
+    counts[None] = 1
+    total = counts.total()
+    return -sum(math.log((counts.get(document.completion) or 1) / total) for document in asked)

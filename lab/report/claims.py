@@ -69,6 +69,11 @@ class Claim:
         return str(text["digest"]) if isinstance(text, Mapping) and "digest" in text else None
 
     @property
+    def scored(self) -> tuple[str | None, int | None]:
+        """What figures must have in common to be compared: the data, and how many of its tokens were scored."""
+        return self.data_digest, self.told.get("scored_tokens")
+
+    @property
     def positions(self) -> int | None:
         n = self.prompt.get("num_virtual_tokens")
         return None if n is None else int(n)
@@ -89,7 +94,7 @@ class Claim:
     def group(self) -> str:
         """Equal for claims that differ in the seed alone."""
         how = dict(self.learned.config) if self.learned else {"digest": self.told.get("prompt_digest")}
-        where = [self.told.get("weights"), self.told.get("dtype"), self.data_digest, self.told.get("window")]
+        where = [self.told.get("weights"), self.told.get("dtype"), *self.scored, self.told.get("window")]
         return json.dumps([where, how], sort_keys=True)
 
     def measure(self, name: str) -> Estimate | None:

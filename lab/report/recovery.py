@@ -63,7 +63,7 @@ def recovery_section(found: Sequence[Claim], sources: Sources) -> Section:
 
 def plain_section(found: Sequence[Claim], sources: Sources) -> Section:
     """Models without a prompt, by bytes: at equal ones it shows whose compression is better."""
-    seen: dict[tuple[str, str | None], list[str]] = {}
+    seen: dict[tuple[Any, ...], list[str]] = {}
     by_bytes = sorted(found, key=lambda c: (c.disk_bytes or c.told.get("bytes") or 0, c.level))
     for claim in by_bytes:
         perplexity = _without(claim)
@@ -72,14 +72,15 @@ def plain_section(found: Sequence[Claim], sources: Sources) -> Section:
         gap = claim.measure("gap") or (estimate(claim.told.get("nll_above_dense")) if not claim.prompt else None)
         kl = claim.measure("kl") or (estimate(claim.told.get("kl")) if not claim.prompt else None)
         sizes = [megabytes(claim.disk_bytes), megabytes(claim.told.get("bytes"))]
-        row = [*sizes, claim.level, claim.method, claim.data, number(perplexity), nats(gap), nats(kl)]
-        seen.setdefault((str(claim.told.get("weights")), claim.data_digest), [*row, sources.cite(claim.record)])
+        row = [*sizes, claim.level, claim.method, claim.data, _count(claim), number(perplexity), nats(gap), nats(kl)]
+        seen.setdefault((claim.told.get("weights"), *claim.scored), [*row, sources.cite(claim.record)])
     columns = (
         "disk, MB",
         "resident, MB",
         "level",
         "method",
         "data",
+        "scored tokens",
         "perplexity",
         "above dense, nats",
         "KL(dense ‖ ·), nats",
@@ -87,6 +88,11 @@ def plain_section(found: Sequence[Claim], sources: Sources) -> Section:
     )
     note = "A level that no run at hand has made may have been made while loading: then nothing of it lies on disk."
     return Section("Models without a prompt", (), (Table("By bytes", columns, list(seen.values()), (note,)),))
+
+
+def _count(claim: Claim) -> str:
+    tokens = claim.told.get("scored_tokens")
+    return GAP if tokens is None else f"{tokens:,}"
 
 
 def controls_section(found: Sequence[Claim], adapted: Sequence[Record], sources: Sources) -> Section:
@@ -140,6 +146,8 @@ def _kept(found: Sequence[Claim], sources: Sources) -> Table:
         names = ("dense_perplexity", "dense_prompted_perplexity", "perplexity")
         perplexities = [number(claim.told.get(name)) for name in names]
         perplexities.insert(2, number(_without(claim)))
+        floor = dict(claim.told.get("by_frequency") or {}).get("perplexity")
+        learned = floor is None or claim.told["dense_prompted_perplexity"] < floor
         task = str(claim.learned.figures.get("task") or "-")
         rows.append(
             [
@@ -148,8 +156,9 @@ def _kept(found: Sequence[Claim], sources: Sources) -> Table:
                 _prompt(claim),
                 task,
                 claim.data,
-                share(kept),
+                share(kept) if learned else "none: no more than frequencies",
                 " / ".join(perplexities),
+                number(floor),
                 sources.cite(claim.record),
             ]
         )
@@ -161,10 +170,13 @@ def _kept(found: Sequence[Claim], sources: Sources) -> Table:
         "data",
         "kept",
         "perplexity dense / with its own / level / ours",
+        "by frequency",
         "source",
     )
     note = (
-        "Of what an equal prompt gains on the dense model, in nats; where that is too little, no row stands. "
+        "Of what an equal prompt gains on the dense model, in nats; where that is too little, no row stands. By "
+        "frequency: of whoever knows how often each answer is right in the data learned from, and reads no question; "
+        "where the dense model's own prompt is no better, it has learned the form of an answer and no task. "
         "Perplexity is of the completions alone. The dense model without a prompt does not know a task, so "
         "nothing is held against it."
     )
@@ -191,7 +203,7 @@ def _row(claim: Claim, seeds: int, sources: Sources) -> list[str]:
         claim.method,
         _prompt(claim),
         str(claim.learned.figures.get("task") or "-") if claim.learned else GAP,
-        f"{claim.data} {short(claim.data_digest)}",
+        f"{claim.data} {short(claim.data_digest)}, {_count(claim)} tokens scored",
         GAP if claim.tokens is None else f"{claim.tokens:,}",
         f"{seed} (single seed)" if seeds == 1 else seed,
         _share(claim, "kl_share", "kl"),

@@ -15,7 +15,8 @@ from lab.report.sources import Sources
 
 TEXT = (
     "Bytes on disk count everything in the weights' files: scales, masks, embeddings, norms. Resident bytes are those "
-    "of all tensors as they are served. The paper counts the codes of what is kept of the linear layers, and no more."
+    "of all tensors as they are served. The paper counts the codes of what is kept of the linear layers, and no more. "
+    "The dense file may hold 32 bits a weight, and the original 4: the ratios to both stand side by side."
 )
 SIZES = (
     "model",
@@ -24,8 +25,9 @@ SIZES = (
     "disk, MB",
     "resident, MB",
     "paper's count, MB",
-    "smaller",
-    "paper's smaller",
+    "of the original's bytes",
+    "dense file / this one",
+    "16-bit linears / paper's count",
     "source",
 )
 RUNS = (
@@ -56,21 +58,23 @@ def sizes_section(
 ) -> Section:
     """The original, the dense model, and each compressed one."""
     name, size = original or ("original file (--original FILE)", None)
-    rows = [[name, "as published", "-", megabytes(size), *[GAP] * 4, "-"]]
+    rows = [[name, "as published", "-", megabytes(size), *[GAP] * 5, "-"]]
     made = evidence.of("compress")
     for record in made[:1]:
         told = record.figures
         dense, paper = told.get("dense_disk_bytes"), told.get("paper_dense_bytes")
-        rows.append(
-            [_name(record), "dense", "-", megabytes(dense), GAP, megabytes(paper), "1", "1", sources.cite(record)]
-        )
+        who = f"{told.get('name', GAP)} {short(record.config.get('source'))}"
+        sizes = [megabytes(dense), GAP, megabytes(paper)]
+        rows.append([who, "dense", "-", *sizes, _ratio(dense, size), "1", "1", sources.cite(record)])
     for record in sorted(made, key=lambda each: (each.figures.get("disk_bytes") or 0, each.name)):
-        rows.append(_compressed(record, sources))
+        rows.append(_compressed(record, size, sources))
     known = {record.figures.get("weights") for record in made}
     for claim in {str(c.told.get("weights")): c for c in found if c.told.get("weights") not in known}.values():
         sizes = [megabytes(each) for each in (claim.disk_bytes, claim.told.get("bytes"))]
         source = sources.cite(claim.record)
-        rows.append([str(claim.told.get("model")), claim.level, claim.method, *sizes, GAP, GAP, GAP, source])
+        model = f"{claim.told.get('model')} {short(claim.told.get('weights'))}"
+        ratio = _ratio(claim.disk_bytes, size)
+        rows.append([model, claim.level, claim.method, *sizes, GAP, ratio, GAP, GAP, source])
     return Section("Sizes", (TEXT,), (Table("What models weigh", SIZES, rows),))
 
 
@@ -81,15 +85,16 @@ def learning_section(evidence: Evidence, sources: Sources) -> Section:
     return Section("Learning", (text,), (Table("All runs", RUNS, rows),))
 
 
-def _compressed(record: Record, sources: Sources) -> list[str]:
+def _compressed(record: Record, original: int | None, sources: Sources) -> list[str]:
     told = record.figures
     sizes = [megabytes(told.get(f"{field}_bytes")) for field in ("disk", "resident", "paper")]
-    smaller = [_ratio(told.get(f"{dense}_bytes"), told.get(f"{own}_bytes")) for dense, own in _RATIOS]
-    return [_name(record), str(told.get("level")), made_by(told), *sizes, *smaller, sources.cite(record)]
+    ratios = [_ratio(told.get("disk_bytes"), original)]
+    ratios += [_ratio(told.get(f"{dense}_bytes"), told.get(f"{own}_bytes")) for dense, own in _RATIOS]
+    return [_name(record), str(told.get("level")), made_by(told), *sizes, *ratios, sources.cite(record)]
 
 
-def _ratio(dense: float | None, own: float | None) -> str:
-    return GAP if dense is None or not own else f"{dense / own:.2f}"
+def _ratio(one: float | None, other: float | None) -> str:
+    return GAP if one is None or not other else f"{one / other:.2f}"
 
 
 def _name(record: Record) -> str:

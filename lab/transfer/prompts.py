@@ -21,7 +21,8 @@ from prompts_store.resolution import Served
 @dataclass(frozen=True)
 class Contender:
     """A prompt on trial. `level` and `weights` are those it was learned at and through, `version` is None for one that
-    is in no registry; `parents`: the digests of the prompts that it was learned from, None where nobody told.
+    is in no registry; `parents`: the digests of the prompts that it was learned from, `data` that of the documents that
+    were dealt out for it, None where nobody told.
     """
 
     prompt: SoftPrompt
@@ -31,6 +32,7 @@ class Contender:
     level: str | None = None
     weights: str | None = None
     parents: tuple[str, ...] | None = None
+    data: str | None = None
 
     def told(self) -> dict[str, Any]:
         """As JSON."""
@@ -70,7 +72,8 @@ def from_file(path: Path, base: str) -> Contender:
         message = f"{path} belongs to base {file.prompt.base}, the models are of {base}; leave it out"
         raise InvalidArtifact("base_model_mismatch", message, "base")
     origin = file.provenance
-    return Contender(file.prompt, path.name, origin.task, None, origin.level, origin.weights, _parents(origin.train))
+    learned = _parents(origin.train), _data(origin.train)
+    return Contender(file.prompt, path.name, origin.task, None, origin.level, origin.weights, *learned)
 
 
 def together(of_store: Sequence[Contender], of_files: Sequence[Contender]) -> list[Contender]:
@@ -100,10 +103,15 @@ def served(registry: Registry, task: str, on: Served) -> dict[str, Any]:
 
 def _of_version(version: Stored, prompt: SoftPrompt) -> Contender:
     name = f"{version.task}@{version.version}"
-    parents = _parents(version.train)
-    return Contender(prompt, name, version.task, version.version, version.level, version.weights, parents)
+    learned = _parents(version.train), _data(version.train)
+    return Contender(prompt, name, version.task, version.version, version.level, version.weights, *learned)
 
 
 def _parents(train: Mapping[str, Any] | None) -> tuple[str, ...] | None:
     told = (train or {}).get("parents")
     return tuple(map(str, told)) if isinstance(told, list) else None
+
+
+def _data(train: Mapping[str, Any] | None) -> str | None:
+    told = (train or {}).get("data")
+    return told if isinstance(told, str) else None

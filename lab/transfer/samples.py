@@ -6,7 +6,7 @@ documents and a tokenizer; knows no model.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
@@ -14,7 +14,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lab.data.documents import DataError, Document
+from lab.data.documents import DataError, Document, digest
 from lab.data.named import documents
 from lab.data.splits import split
 from lab.data.windows import Tokenizer, Windows, cut
@@ -50,15 +50,21 @@ class Sample:
         return self.layouts["none"].select(self.order[:n][places]), places
 
 
-def parts(name: str, root: Path | None = None) -> dict[Split, Sequence[Document]]:
-    """The documents to select and to report on: `NAME` dealt out by site, or all of it for one: `NAME:report`.
+def parts(name: str, root: Path | None = None, learned: Collection[str] = ()) -> dict[Split, Sequence[Document]]:
+    """The documents to select and to report on: `NAME` dealt out by site, or all of it for one: `NAME:report`, which
+    must not be data that was dealt out to learn from (digests).
 
     Raises DataError.
     """
     given, _, whole = name.rpartition(":")
     for one in SPLITS:
         if given and whole == one:
-            return {one: documents(given, root)}
+            found = documents(given, root)
+            if digest(found) in learned:
+                raise DataError(
+                    f"{name} is what a prompt was learned from: give {given}, of which that part is left out"
+                )
+            return {one: found}
     try:
         dealt = split(documents(name, root), *SPLITS).parts
     except DataError as error:
@@ -67,14 +73,20 @@ def parts(name: str, root: Path | None = None) -> dict[Split, Sequence[Document]
 
 
 def samples(
-    names: Sequence[str], root: Path | None, tokenizer: Tokenizer, length: int, layouts: Iterable[Bos], most: int | None
+    names: Sequence[str],
+    root: Path | None,
+    tokenizer: Tokenizer,
+    length: int,
+    layouts: Iterable[Bos],
+    most: int | None,
+    learned: Collection[str] = (),
 ) -> list[Sample]:
-    """Those of all data sets, each once. Raises DataError."""
+    """Those of all data sets, each once; `learned` as for `parts`. Raises DataError."""
     bos = set(layouts)
     return [
         sample(name.removesuffix(f":{part}"), part, found, tokenizer, length, bos, most=most)
         for name in dict.fromkeys(names)
-        for part, found in parts(name, root).items()
+        for part, found in parts(name, root, learned).items()
     ]
 
 

@@ -15,7 +15,7 @@ import pytest
 from engine.api import InvalidRequest
 from engine.request import RequestDone, RequestFailed, SamplingParams, Timings, TokenEvent
 from lab.answers import answer, questions
-from lab.data.documents import Document, read
+from lab.data.documents import DataError, Document, Turn, read
 from lab.errors import RunError
 from lab.progress import silent
 from lab.run import open_run
@@ -49,6 +49,16 @@ def test_answers_that_ended_become_chats(cli, model, file, tmp_path):
     other = cli(*command, "--seed", 1)
     assert other.exit_code == 1
     assert "another config" in other.stderr
+
+
+def test_a_chat_is_asked_up_to_its_users_last_message():
+    """The last question of a chat that ends with one was dropped, and the one before answered again."""
+    turns = [Turn("user", "A?"), Turn("assistant", "a"), Turn("user", "B?"), Turn("assistant", "b")]
+    for length, asked in ((1, ["A?"]), (2, ["A?"]), (3, ["A?", "a", "B?"]), (4, ["A?", "a", "B?"])):
+        (found,) = questions([Document("1", turns=tuple(turns[:length]))], None, 0)
+        assert [message["content"] for message in found.messages] == asked
+    with pytest.raises(DataError, match="asks nothing"):
+        questions([Document("1", turns=(Turn("assistant", "a"),))], None, 0)
 
 
 def test_a_seed_says_which_questions_are_taken(file):

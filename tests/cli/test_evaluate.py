@@ -278,6 +278,9 @@ def test_what_does_not_go_together(cli, model, narrow_model, text, soft, tmp_pat
         return result.stderr
 
     assert "say --text, or --tasks" in fails()
+    assert "say --text, or --tasks" in fails("--text", "")
+    assert "say --text, or --tasks" in fails("--tasks", " ,")
+    assert "--seed" in fails("--text", text, "--seed", -1)
     assert "--controls is of use with --prompt only" in fails("--text", text, "--controls")
     alone = ("--text", text, "--prompt", soft(), "--window", WINDOW)
     assert "--prefixes is of use with --controls and --text only" in fails(*alone, "--prefixes", 3)

@@ -148,6 +148,7 @@ def test_the_run_folder_holds_what_was_told(answer, store, model, pages, tmp_pat
         (("MODEL", "--in-situ", "MODEL"), "--in-situ MODEL"),
         (("MODEL",), "--data"),
         (("--in-situ", "MODEL", "--data", "a", "--data", "b"), "one --data"),
+        (("MODEL", "--data", "PAGES", "--budget", "3m"), "--budget is of use with --in-situ only"),
         (("--in-situ", "MODEL", "--data", "PAGES", "--budget", "soon"), "--budget"),
         (("--in-situ", "MODEL", "--data", "PAGES:report", "--window", "24"), "leave :report out"),
         (("MODEL", "--data", "PAGES", "--window", "4096"), "--window 4096"),

@@ -52,6 +52,14 @@ def test_text_comes_from_standard_input_too(answer, model, tmp_path):
     assert told["num_virtual_tokens"] == 5
 
 
+@pytest.mark.parametrize("given", [("\udcff",), ("-",)])
+def test_text_that_is_no_utf_8_is_refused(cli, model, tmp_path, given):
+    refused = cli("prompts", "from-text", *given, "--model", model, "--out", tmp_path / "a", input=b"caf\xe9")
+    assert refused.exit_code == 2
+    assert "the text is not UTF-8" in refused.stderr
+    assert not (tmp_path / "a").exists()
+
+
 @pytest.mark.parametrize(("words", "options"), [("", ("--out", "a")), ("x", ())])
 def test_nothing_written_and_nowhere_to_go_are_usage_errors(cli, model, words, options, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

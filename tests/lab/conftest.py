@@ -21,8 +21,16 @@ def checkpoint(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def pages(tmp_path_factory) -> Path:
     """80 pages of 80 sites."""
-    dice = random.Random(0)
-    file = tmp_path_factory.mktemp("data") / "pages.jsonl"
+    return _written(tmp_path_factory.mktemp("data") / "pages.jsonl", random.Random(0))
+
+
+@pytest.fixture(scope="session")
+def unseen(tmp_path_factory) -> Path:
+    """80 others."""
+    return _written(tmp_path_factory.mktemp("data") / "unseen.jsonl", random.Random(1))
+
+
+def _written(file: Path, dice: random.Random) -> Path:
     rows = [{"url": f"https://site{n}.org/", "text": "".join(dice.choices("abcdefgh ", k=250))} for n in range(80)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file

@@ -43,14 +43,14 @@ SEVEN = {
 
 
 @pytest.fixture
-def table(tmp_path, checkpoint, pages):
+def table(tmp_path, checkpoint, pages, unseen):
     """table(runs, …) -> a TOML file of a table over the tiny checkpoint."""
 
-    def write(runs: str, top: str = "") -> object:
+    def write(runs: str, top: str = "", also: object = unseen) -> Path:
         file = tmp_path / "small.toml"
         file.write_text(
             f'model = "{checkpoint}"\nsteps = 3\nwindows = 16\ncalibration_tokens = 200\ndevice = "cpu"\n'
-            f'dtype = "float32"\n{top}\n[tasks.letters]\ndata = "{pages}"\nalso = ["{pages}:report"]\n{RECIPE}{runs}'
+            f'dtype = "float32"\n{top}\n[tasks.letters]\ndata = "{pages}"\nalso = ["{also}:report"]\n{RECIPE}{runs}'
         )
         return file
 
@@ -82,7 +82,7 @@ def test_every_cell_is_carried_out_and_a_second_call_does_nothing(command, table
     ]
     assert {each["state"] for each in cells.values()} == {"finished"}
     assert cells["w3g64.rows.small.letters.0"]["dense"] is not None
-    assert set(cells["w3g64.rows.small.letters.0"]) >= {"perplexity", "without", "share", "kl_share", "pages.jsonl"}
+    assert set(cells["w3g64.rows.small.letters.0"]) >= {"perplexity", "without", "share", "kl_share", "unseen.jsonl"}
     control = cells["w4g64-s50.norms.small.letters.0"]  # leaves figures alone, of the very same kind
     assert control["without"] == pytest.approx(cells["w4g64-s50.kv.small.letters.0"]["without"])
     assert control["perplexity"] != control["without"]
@@ -102,6 +102,51 @@ def test_every_cell_is_carried_out_and_a_second_call_does_nothing(command, table
     again = json.loads(command("matrix", file, "--root", root, "--json").stdout)["cells"]
     assert {each["state"] for each in again} == {"finished before"}
     assert [each["loss"] for each in again] == [each["loss"] for each in cells.values()]
+
+
+def test_a_table_that_changed_is_not_answered_with_what_was_found_before(command, table, tmp_path, pages):
+    """It said "finished before", and wrote the old figures under the new table."""
+    root = tmp_path / "root"
+    runs = '\n[[runs]]\nlevels = ["dense", "w4g64-s50"]\nkinds = ["kv"]\nrecipes = ["small"]\ntasks = ["letters"]\n'
+    assert command("matrix", table(runs), "--root", root).exit_code == 0
+    other = table(runs).read_text().replace("steps = 3", "steps = 4").replace("positions = 4", "positions = 5")
+    changed = command("matrix", _file(tmp_path / "changed.toml", other), "--root", root, "--json")
+    assert changed.exit_code == 1
+    for each in json.loads(changed.stdout)["cells"]:
+        assert each["state"] == "failed"
+        assert "budget.amount was 3, now 4" in each["error"]
+        assert "recipe.positions was 4, now 5" in each["error"]
+    # A level that was made of other data or other tokens is not taken either, whoever asks for it first.
+    seeds = table(runs + "seeds = [1]\n").read_text()
+    more = _file(tmp_path / "more.toml", seeds.replace("calibration_tokens = 200", "calibration_tokens = 300"))
+    told = json.loads(command("matrix", more, "--root", root, "--json").stdout)["cells"]
+    assert [each["state"] for each in told] == ["finished", "failed"]
+    assert "levels/w4g64-s50.run holds a run of another config: data was" in told[1]["error"]
+    same = json.loads(command("matrix", _file(tmp_path / "seeds.toml", seeds), "--root", root, "--json").stdout)
+    assert [each["state"] for each in same["cells"]] == ["finished before", "finished"]
+    # What is to be reported on besides is made up for.
+    two = _file(
+        tmp_path / "two.toml", table(runs).read_text().replace(':report"]', f':report", "{_copy(pages, tmp_path)}"]')
+    )
+    told = json.loads(command("matrix", two, "--root", root, "--json").stdout)["cells"]
+    assert {each["state"] for each in told} == {"finished"}
+    assert "copy.jsonl" in told[1]
+
+
+def test_data_that_was_learned_from_is_not_reported_on_whole(command, table, pages, tmp_path):
+    told = command("matrix", table(RUNS, also=pages), "--root", tmp_path / "root", "--json")
+    assert told.exit_code == 1
+    assert f"{pages}:report is what a prompt was learned from" in json.loads(told.stdout)["cells"][0]["error"]
+
+
+def _file(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+def _copy(pages: Path, folder: Path) -> str:
+    """Of the pages, one letter being another: other data."""
+    return str(_file(folder / "copy.jsonl", pages.read_text().replace("a", "b"))) + ":report"
 
 
 def test_how_a_level_is_made_tells_its_cells_apart(command, table, tmp_path):
@@ -161,6 +206,10 @@ def test_a_dry_run_tells_tokens_time_and_memory_and_starts_nothing(command, tabl
     assert all(each["seconds"] >= learning for each in told["cells"])
     assert told["left"]["tokens"] == 2 * 3 * 2 * 32
     assert not (tmp_path / "root").exists()
+    for option in (["--memory", "24GB"], ["--tokens-per-second", 128]):
+        refused = command("matrix", table(RUNS), "--root", tmp_path / "root", *option)
+        assert refused.exit_code == 2
+        assert f"{option[0]} is of use with --dry-run only" in refused.stderr
 
 
 @pytest.fixture

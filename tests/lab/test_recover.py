@@ -93,6 +93,53 @@ def test_a_level_that_needs_the_solver_leaves_a_checkpoint(command, asked, tmp_p
     assert again["prompt"] == {**found["prompt"], "new": again["prompt"]["new"], "why": again["prompt"]["why"]}
 
 
+@pytest.mark.parametrize(
+    "options",
+    [["--calibration-tokens", 300], ["--seed", 1], ["--method", "magnitude"], ["--embedding", "q8"]],
+    ids=lambda options: options[0],
+)
+def test_a_checkpoint_that_was_made_otherwise_is_not_taken(command, asked, checkpoint, tmp_path, options):
+    """Whatever had the base and the level was taken, and the run's config said what was asked for."""
+    level = ["--level", "w4g64-s50", "--steps", 2, "--calibration-tokens", 200, "--out", tmp_path / "made"]
+    told(command, *asked, *level)
+    asked[asked.index("--run") + 1] = tmp_path / "second"
+    result = command("recover", *asked, *level, *options)
+    assert result.exit_code == 1
+    assert "made.run holds a run of another config" in result.stderr
+
+
+def test_a_checkpoint_whose_making_is_not_known_is_not_taken(command, asked, pages, checkpoint, tmp_path):
+    made = ["--level", "w4g64-s50", "--data", pages, "--calibration-tokens", 200, "--out", tmp_path / "made"]
+    assert command("compress", checkpoint, *made, "--window", 32, "--run", tmp_path / "elsewhere").exit_code == 0
+    _refused(command("recover", *asked, *made[:2], "--steps", 2, *made[-2:]), "which would say how it was made")
+
+
+def test_a_compressed_model_is_not_taken_for_the_dense_one(command, asked, checkpoint, pages, tmp_path):
+    made = ["--level", "w4g64", "--method", "rtn", "--out", tmp_path / "made"]
+    assert command("compress", checkpoint, *made).exit_code == 0
+    _refused(
+        command("recover", *asked, "--level", "w3g64", "--dense", tmp_path / "made"), "made is w4g64; name the dense"
+    )
+    learned = told(command, *asked, "--level", "w3g64", "--steps", 2)["prompt"]["file"]
+    measure = ["evaluate", checkpoint, "--level", "w3g64", "--text", pages, "--window", 32, "--prompt", learned]
+    _refused(command(*measure, "--dense", tmp_path / "made"), "made is w4g64; name the dense")
+    _refused(command(*measure, "--dense", checkpoint, "--dense-prompt", learned), "was learned at w3g64")
+
+
+def test_the_default_is_measured_on_what_the_new_one_is(command, asked, tmp_path):
+    """On other windows the two could not be compared, and the worse one became the default."""
+    first = told(command, *asked, "--level", "w3g64", "--steps", 40)
+    asked[asked.index("--run") + 1] = tmp_path / "second"
+    asked[asked.index("--windows") + 1] = 16
+    second = told(command, *asked, "--level", "w3g64", "--steps", 1, "--seed", 1)
+    assert first["prompt"]["promoted"]
+    assert not second["prompt"]["promoted"]
+    assert "general@1, the default, has perplexity" in second["prompt"]["why"]
+    with PromptStore.open(tmp_path / "store") as store:
+        measured = [each.measurement for each in store.measurements.list("general", 1).items]
+        assert [each.split for each in measured] == ["select", "report", "select"]
+
+
 def test_killed_while_learning_it_goes_on_to_the_same_prompt(command, asked, checkpoint, pages, tmp_path):
     whole = told(command, *asked, "--level", "w3g64", "--steps", 200)
     other = tmp_path / "killed"
@@ -169,16 +216,24 @@ def learned(command, asked):
     return file, measured
 
 
+def unasked(_file):
+    raise AssertionError("what the default is worth is known already")
+
+
 @pytest.mark.parametrize(
     ("gain", "promoted"), [((0.1, 0.01, 0.2), True), ((0.1, -0.01, 0.2), False), ((0.1, 0.0, 0.2), False), ((), False)]
 )
 def test_the_default_moves_only_for_a_gain_that_is_more_than_chance(learned, tmp_path, gain, promoted):
     file, measured = learned
     with PromptStore.open(tmp_path / "fresh") as store:
-        found = publish(store, file, "general", measured("select", 9.0, *gain), measured("report", 9.0, 1.0, 0.5, 2.0))
+        found = publish(
+            store, file, "general", measured("select", 9.0, *gain), measured("report", 9.0, 1.0, 0.5, 2.0), unasked
+        )
         assert found.promoted is promoted
         assert len(store.aliases.list("general").items) == promoted
-        again = publish(store, file, "general", measured("select", 9.0, *gain), measured("report", 9.0, 1.0, 0.5, 2.0))
+        again = publish(
+            store, file, "general", measured("select", 9.0, *gain), measured("report", 9.0, 1.0, 0.5, 2.0), unasked
+        )
         assert (again.new, again.promoted, again.version) == (False, promoted, found.version)
 
 
@@ -186,13 +241,15 @@ def test_a_default_that_was_measured_better_stays(learned, tmp_path):
     file, measured = learned
     gain = (0.1, 0.05, 0.2)
     with PromptStore.open(tmp_path / "fresh") as store:
-        publish(store, file, "general", measured("select", 9.0, *gain), measured("report", 9.0))
+        publish(store, file, "general", measured("select", 9.0, *gain), measured("report", 9.0), unasked)
         other = type(file)(file.prompt.first(2), file.provenance)
-        worse = publish(store, other, "general", measured("select", 9.5, *gain), measured("report", 8.0))
+        worse = publish(store, other, "general", measured("select", 9.5, *gain), measured("report", 8.0), unasked)
         assert (worse.version.version, worse.promoted) == (2, False)
         assert "general@1" in worse.why
         best = type(file)(file.prompt.first(3), file.provenance)
-        assert publish(store, best, "general", measured("select", 8.0, *gain), measured("report", 9.5)).promoted
+        assert publish(
+            store, best, "general", measured("select", 8.0, *gain), measured("report", 9.5), unasked
+        ).promoted
         base = file.prompt.base
         assert store.aliases.get("general", "default", base=base, level="w3g64").version == 3
 

@@ -73,7 +73,7 @@ class Runs:
         config = {"command": "learn", "recipe": {"positions": 32, "lr": 0.02}}
         ends = {name: {"cross_entropy": 5.0, "divergence": 2.0} for name in ("first", "best")}
         figures = {"kind": "kv", "task": "general", "level": "w3g64", "weights": W3, "tokens": 300_000, **ends}
-        self.add(f"learn-{seed}", config, {"digest": PROMPTS[seed], **figures, **changes}, seed)
+        self.add(f"learn-{seed}", config, {"digest": PROMPTS.get(seed), **figures, **changes}, seed)
 
     def evaluated(self, name: str, **figures: Any) -> None:
         self.add(name, {"command": "evaluate", "name": name}, figures)

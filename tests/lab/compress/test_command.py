@@ -107,6 +107,9 @@ def test_rounding_to_nearest_needs_no_data(dense, tmp_path):
         (("--level", "w4g64", "--sweeps", "-1"), 1, "sweeps is -1"),
         (("--level", "w4g64", "--data", "nowhere.txt"), 1, "nowhere.txt is neither a file"),
         (("--level", "w4g64", "--data", __file__), 1, "--part all"),
+        (("--level", "w4g64", "--method", "rtn", "--data", "nowhere"), 2, "--data says what is calibrated on"),
+        (("--level", "w4g64", "--method", "rtn", "--window", "7"), 2, "--window says what is calibrated on"),
+        (("--level", "w4g64", "--method", "rtn", "--sweeps", "9"), 2, "--sweeps is of use with the solver only"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(dense, tmp_path, options, code, message):

@@ -278,3 +278,12 @@ def test_a_job_stops_where_it_is_told(dense, tokens, tmp_path):
     next((tmp_path / ".out.part").glob("model-00002*")).unlink()
     with open_run(tmp_path / "run", {}) as run, pytest.raises(RunError, match=r"lacks model-00002.*start anew"):
         next(job.blocks(tokens, embedded, run))
+
+
+def test_two_that_write_one_folder_do_not_mix(tmp_path):
+    """Both filled it shard by shard, and it came out as neither of them."""
+    first = lab.compress.folder.GrowingFolder(tmp_path / "out", 2)
+    with pytest.raises(RunError, match="another process is writing"):
+        lab.compress.folder.GrowingFolder(tmp_path / "out", 2)
+    del first  # however it ends
+    lab.compress.folder.GrowingFolder(tmp_path / "out", 2)

@@ -7,7 +7,7 @@ import json
 
 import pytest
 
-from lab.data.documents import DataError, Document, Turn, digest, read, site
+from lab.data.documents import DataError, Document, Turn, digest, document, question, read, site
 from lab.data.named import articles, documents
 
 
@@ -194,3 +194,16 @@ def test_names_that_are_not_at_hand_come_from_the_hub(file, tmp_path, monkeypatc
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
     with pytest.raises(DataError, match=r"boolq is not at hand .*--data-root"):
         documents("boolq")
+
+
+def test_questions_need_no_answer(file):
+    """`answers` takes what its help promises: a text, a prompt, or a chat that waits for its answer."""
+    asked = [{"role": "user", "content": "And then?"}]
+    rows = ({"prompt": "Why?"}, {"messages": asked}, {"text": "How?"})
+    path = file("q.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+    found = read(path, question)
+    assert [each.text for each in found] == ["Why?", None, "How?"]
+    assert found[1].turns == (Turn("user", "And then?"),)
+    for row in ({"prompt": "Why?"}, {"messages": asked}):
+        with pytest.raises(DataError):
+            document(row, "here")

@@ -124,3 +124,19 @@ def test_a_manifest_is_written_once_and_then_held_against(tmp_path):
 def test_too_few_sites():
     with pytest.raises(DataError, match="1 documents of 1 sites leave nothing for the part"):
         split(made(1))
+
+
+def test_the_same_text_on_many_sites_is_in_one_part():
+    """Six copies among twenty counted as the form that documents are written in, and were learned and reported."""
+    words = " ".join(f"w{i}" for i in range(200))
+    others = [Document(str(i), f"other{i}.org", " ".join(f"v{i}x{j}" for j in range(40))) for i in range(14)]
+    copies = [Document(f"c{i}", f"copy{i}.org", words) for i in range(6)]
+    splits = split([*others, *copies])
+    holding = [part for part, found in splits.parts.items() if any(each.text == words for each in found)]
+    assert len(holding) == 1
+    assert sum(splits.dropped.values()) == sum(part_of(each.domain) not in holding for each in copies)
+
+
+def test_the_manifest_counts_sites_as_they_are():
+    pages = [Document(str(i), "one.example", f"page {i} of it") for i in range(10)]
+    assert {told["domains"] for told in split(pages).manifest()["parts"].values()} == {1}

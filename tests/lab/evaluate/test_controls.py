@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.checkpoints import model as reference
 from support.tiny import BASE, kv, ours, rows
 
+from lab.data.documents import Document
 from lab.data.windows import windows
-from lab.evaluate.controls import Choice, best_prefix, fixed, of_tokens, untrained
+from lab.evaluate.controls import Choice, best_prefix, by_frequency, fixed, of_tokens, untrained
 from lab.evaluate.forward import prefix
 from lab.evaluate.score import score
 from lab.evaluate.scorer import Scorer
@@ -92,3 +95,10 @@ def test_the_best_of_several_texts(model):
 def test_ids_that_are_none(model, ids):
     with pytest.raises(ValueError, match="token ids from 0 to 259"):
         of_tokens(model, BASE, ids)
+
+
+def test_answers_by_their_frequencies():
+    """Three yes, one no and one count for what never came: 3/5, 1/5, 1/5."""
+    learned = [Document(str(i), text="?", completion=answer) for i, answer in enumerate(["yes", "yes", "yes", "no"])]
+    asked = [Document(str(i), text="?", completion=answer) for i, answer in enumerate(["yes", "no", "perhaps"])]
+    assert by_frequency(learned, asked) == pytest.approx(-math.log(3 / 5) - 2 * math.log(1 / 5))

@@ -125,6 +125,7 @@ def test_what_cannot_be_is_said_in_one_line(dense, pages, tmp_path):
     assert not (tmp_path / "run").exists()
     assert "nothing is to be learned from itself" in said("--level", "dense")
     assert "--kind is 'vera'" in said("--kind", "vera")
+    assert "is a folder; name a file" in said("--out", tmp_path)
     assert "one of default, paper" in said("--recipe", "none")
     assert "not known" in said("--set", "rate=1")
     assert "leaves no time" in said("--budget", "0.001s")

@@ -13,7 +13,7 @@ from support.runs import DENSE, PROMPTS, TEXT, W3, W4, WINDOWS, Runs, digest, ev
 
 from lab.errors import RunError
 from lab.report.evidence import gather
-from lab.report.page import GAP, Page, Table
+from lab.report.page import GAP, Page, Table, short
 from lab.report.report import page_of
 from lab.report.write import html, markdown
 from lab.run import open_run
@@ -36,7 +36,7 @@ def whole(runs) -> Runs:
     papers = {"paper_bytes": 39_800_000, "paper_dense_bytes": 212_000_000}
     runs.add(
         "w3",
-        {"command": "compress"},
+        {"command": "compress", "source": DENSE},
         {"name": "tiny", "level": "w3g64", "weights": W3, "method": "rtn", **sizes, **papers},
     )
     for seed, kl in ((0, 0.53), (1, 0.57)):
@@ -171,7 +171,31 @@ def test_a_task_is_held_against_what_dense_gains_and_not_against_dense_alone(who
     kept = table(found, "What compressed + prompt keeps of the gain of dense + prompt")
     assert column(kept, "data") == ["boolq"]
     assert column(kept, "kept") == ["99.0 % [98.0, 100.0]"]
+    assert column(kept, "by frequency") == [GAP]
     assert column(kept, "perplexity dense / with its own / level / ours") == ["59.83 / 1.39 / 402.17 / 1.41"]
+
+
+def test_a_task_that_dense_did_not_learn_either_shows_no_share(whole):
+    """Yes or no in the right proportion, and nothing of the question: "99.7 % kept" stood on the page."""
+    text = {"source": "boolq", "digest": digest("b"), "form": "completion"}
+    for seed, floor in ((2, 1.38), (3, 1.40)):
+        whole.learned(seed, task="boolq", digest=digest(f"p{seed}"))
+        figures = evaluation(digest(f"p{seed}"), W4, "w4g64", text=text, split="report", dense_prompted_perplexity=1.39)
+        figures |= {"recovery": {**recovery(8.5, -13.2), "kept": told(0.99)}, "by_frequency": {"perplexity": floor}}
+        whole.evaluated(f"task-{seed}", **figures)
+    kept = table(page(whole), "What compressed + prompt keeps of the gain of dense + prompt")
+    assert dict(zip(column(kept, "by frequency"), column(kept, "kept"), strict=True)) == {
+        "1.38": "none: no more than frequencies",
+        "1.40": "99.0 % [98.0, 100.0]",
+    }
+
+
+def test_figures_of_other_tokens_are_no_seeds_of_one_cell(whole):
+    """Two evaluations of 248 and of 744 tokens of one file were averaged, and one of two plain rows went missing."""
+    whole.evaluated("report-1", **evaluation(PROMPTS[1], recovery=recovery(0.61, 0.57), scored_tokens=99))
+    found = page(whole)
+    assert "mean of 2" not in column(table(found, "What a prompt brings back"), "seed")
+    assert "99" in column(table(found, "By bytes"), "scored tokens")
 
 
 def test_what_was_not_measured_is_a_gap_that_is_seen(whole):
@@ -186,8 +210,9 @@ def test_sizes_are_those_of_the_files(whole, tmp_path):
     found = table(page(whole, original=("original.gguf", 96_600_000)), "What models weigh")
     assert found.rows[0][0] == "original.gguf"
     assert column(found, "disk, MB")[:3] == ["96.6", "269.0", "73.2"]
+    assert found.rows[1][0] == f"tiny {short(DENSE)}"  # not the digest of what was made of it
     made = found.rows[2]
-    assert made[3:8] == ["73.2", "61.0", "39.8", "3.67", "5.33"]
+    assert made[3:9] == ["73.2", "61.0", "39.8", "0.76", "3.67", "5.33"]
 
 
 def test_only_report_is_shown_of_transfer(whole):
