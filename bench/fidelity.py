@@ -47,6 +47,7 @@ class Measure:
 
     contexts: Sequence[str]
     truth: Sequence[Answer]
+    errors: Counter[str]  # of the dense model's server
 
     @classmethod
     def of(cls, url: str, jobs: Sequence[Job], form: Form) -> Measure:
@@ -58,7 +59,8 @@ class Measure:
             for job, answer in zip(jobs, written, strict=True)
             for context in _cuts(f"{job.text}{answer.text}", behind=len(job.text))
         ]
-        return cls(contexts, _next(url, contexts, form))
+        truth = _next(url, contexts, form)
+        return cls(contexts, truth, Counter(f"dense: {each.error}" for each in (*written, *truth) if each.error))
 
     def compare(self, url: str, form: Form) -> Fidelity:
         """A server with the dense model."""
@@ -67,7 +69,7 @@ class Measure:
         cpu = (time.process_time() - before) / (time.monotonic() - began)
         pairs = [(a, b) for a, b in zip(answers, self.truth, strict=True) if a.error is None and b.error is None]
         same = sum(a.text == b.text for a, b in pairs)
-        errors = Counter(answer.error for answer in answers if answer.error)
+        errors = self.errors + Counter(answer.error for answer in answers if answer.error)
         return Fidelity(len(self.contexts), dict(errors), same / len(pairs) if pairs else None, cpu)
 
 

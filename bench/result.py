@@ -125,7 +125,7 @@ def compare_first_tokens(
 ) -> FirstToken:
     """`pairs` are the recordings of one text with the prompt and without. A pair with an error does not count."""
     answers = [(read(a, max_tokens), read(b, max_tokens)) for a, b in pairs]
-    good = [(a.arrivals[0], b.arrivals[0]) for a, b in answers if a.arrivals and b.arrivals]
+    good = [(a.arrivals[0], b.arrivals[0]) for a, b in answers if a.error is None and b.error is None]
     ratios = [a / b for a, b in good]
     return FirstToken(
         pairs=len(pairs),

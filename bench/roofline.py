@@ -26,6 +26,7 @@ from rich.table import Table
 from bench.machine import describe
 from bench.quantised_peer import nf4_model, seconds_a_token
 from engine.attention import KVPages, Span, attend
+from engine.device import select
 from engine.graphs import decode_graphs
 from engine.runner import Runner
 from llama.config import LlamaConfig, RopeConfig
@@ -181,6 +182,7 @@ def main(
     out: Annotated[Path, typer.Option(help="Everything, as JSON.")] = Path("runs/roofline.json"),
 ) -> None:
     """Measure, and exit 1 where a share is too small."""
+    select(torch.device(device))
     with torch.inference_mode():
         found = measure(LLAMA_7B, torch.device(device))
     card = torch.cuda.get_device_name(device) if device.startswith("cuda") else device

@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 
 CONNECTIONS = 16  # uploads under way at once; beyond them the clock's uploads wait for one another
 PATIENCE = 60.0
+ENOUGH = 0.95
 
 
 @contextlib.asynccontextmanager
@@ -27,10 +28,12 @@ async def uploading(
     percent, are others each time, and others for another seed.
 
     Gives what went wrong and how often, which is complete when the block has ended, and with it what was under way.
+    Fewer than ENOUGH of those that were due being done by then is wrong, too: the load did not have them beside it.
     """
     wrong: Counter[str] = Counter()
     headers = {"content-type": "application/octet-stream"} | ({"authorization": f"Bearer {key}"} if key else {})
     sent: list[Future[str | None]] = []
+    done = 0
     with contextlib.closing(_Client(url, headers)) as client, ThreadPoolExecutor(CONNECTIONS) as pool:
 
         async def by_the_clock() -> None:
@@ -44,8 +47,11 @@ async def uploading(
             yield wrong
         finally:
             clock.cancel()
+            done = sum(future.done() for future in sent)
             with contextlib.suppress(asyncio.CancelledError):
                 await clock
+    if done + 1 < ENOUGH * len(sent):  # the last one may have been sent just now
+        wrong[f"uploads too slow: {done} of {len(sent)} in time"] += 1
     wrong.update(error for future in sent if (error := future.result()) is not None)
 
 

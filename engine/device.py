@@ -6,6 +6,12 @@ import torch
 from torch import Tensor
 
 
+def select(device: torch.device) -> None:
+    """Make it the one that streams, events and Triton's kernels of this thread are of, whichever of several it is."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
 def sent(values: Tensor, device: torch.device) -> Tensor:
     """Values of the host on the device. CUDA is not waited for, nor does it have to be idle first: that takes memory
     which the system cannot move."""

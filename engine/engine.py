@@ -19,6 +19,7 @@ from engine import limits, stitch
 from engine.api import EngineClosed, EngineInfo, EngineStats, InvalidRequest, Overloaded, Sink, Tokenizer
 from engine.attention import KVPages
 from engine.choice import advance, score_text
+from engine.device import select
 from engine.flight import Flight, Flights
 from engine.graphs import decode_graphs
 from engine.kept import KeptPrefixes
@@ -40,6 +41,7 @@ class LocalEngine:
     """See `engine.api.Engine`. The thread starts with the object and ends with `close`."""
 
     def __init__(self, model: Llama, tokenizer: Tokenizer, served: ServedModel, options: EngineOptions) -> None:
+        select(model.device)
         self._model = model
         self._tokenizer = tokenizer
         self._options = options
@@ -176,6 +178,7 @@ class LocalEngine:
         """As many cores for this thread as for the one that made the engine, whatever others are told afterwards."""
         torch.get_num_threads()  # sets up what would otherwise be set up, from the global number, by the first product
         torch.set_num_threads(self._num_threads)
+        select(self._model.device)
         started.set()
         self._loop()
 
@@ -236,17 +239,21 @@ class LocalEngine:
         events: dict[Ticket, list[Event]] = defaultdict(list)
         for chunk, logits in flight.scored:
             events[chunk.sequence.ticket].extend(score_text(chunk, logits))
-        now = time.monotonic()
+        now, generated = time.monotonic(), 0
         for sequence, token in zip(flight.sequences, sampled, strict=True):
             ticket = sequence.ticket
             if token is None:
                 self._fail(ticket, "engine_error", "the model's output for this input is not finite")
             elif sequence.status is Status.RUNNING:
-                ticket.prefilled = ticket.prefilled or now
+                if not ticket.prefilled:
+                    ticket.prefilled = now
+                    self._counts["prompt_tokens"] += len(ticket.request.token_ids)
                 event = advance(sequence, token)
+                generated += bool(event.token_ids)
                 events[ticket].append(event)
                 if event.finish_reason is not None:
                     self._scheduler.remove(sequence)
+        self._counts["generation_tokens"] += generated
         return events
 
     def _tell(self, ticket: Ticket, events: list[Event]) -> None:
@@ -265,8 +272,6 @@ class LocalEngine:
     def _finish(self, ticket: Ticket) -> RequestDone:
         text_tokens = len(ticket.request.token_ids)
         completion = sum(sequence.generated for sequence in ticket.sequences)
-        self._counts["prompt_tokens"] += text_tokens
-        self._counts["generation_tokens"] += completion
         self._forget(ticket)
         return RequestDone(
             text_tokens=text_tokens,

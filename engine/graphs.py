@@ -121,6 +121,6 @@ def decode_graphs(model: Llama, kv: KVPages, most: int, context: int) -> DecodeG
         return None
     try:
         return DecodeGraphs(model, kv, most, -(-context // kv.page_size), look, capturing())
-    except RuntimeError:  # a layer that waits for the device, or no memory left
+    except Exception:  # a layer that waits for the device, no memory left, or a kernel that does not compile
         log.warning("decoding steps cannot be captured; each is launched kernel by kernel", exc_info=True)
         return None

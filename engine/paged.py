@@ -91,6 +91,7 @@ def look(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tenso
     scale = math.log2(math.e) * dim**-0.5
     rows = max(LEAST, triton.next_power_of_2(shared))
     at = (q, keys, values, tables, lengths, sums, tops, totals, q.stride(0), columns, scale)
-    _stretch[tokens, kv_heads, parts](*at, shared, kv_heads, dim, page, rows, TILE, STRETCH)
-    _join[tokens, heads](sums, tops, totals, lengths, out, parts, dim, triton.next_power_of_2(parts), STRETCH)
+    with torch.cuda.device_of(q):  # type: ignore[no-untyped-call]  # Triton launches on the current one
+        _stretch[tokens, kv_heads, parts](*at, shared, kv_heads, dim, page, rows, TILE, STRETCH)
+        _join[tokens, heads](sums, tops, totals, lengths, out, parts, dim, triton.next_power_of_2(parts), STRETCH)
     return out

@@ -18,6 +18,7 @@ from torch import Tensor
 from engine.device import sent
 from engine.request import SamplingParams, TokenLogprob
 
+COLDEST = 1e-5  # below it a temperature is greedy: logits divided by it would leave fp32
 SHORTLIST = 1024  # candidates looked at before the whole vocabulary is sorted
 
 
@@ -45,7 +46,7 @@ class Row:
         p = self.params
         filtered = p.top_k > 0 or p.top_p < 1 or p.min_p > 0
         adjusted = p.repetition_penalty != 1 or p.presence_penalty or p.frequency_penalty or p.logit_bias or self.banned
-        return not adjusted and p.logprobs is None and not (filtered and p.temperature > 0)
+        return not adjusted and p.logprobs is None and not (filtered and p.temperature >= COLDEST)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +64,9 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Sampled]:
     raw = {i: each[i].log_softmax(-1) for i, row in enumerate(rows) if row.params.logprobs is not None}
     for one, row in zip(each, rows, strict=True):
         _adjust(one, row)
-    best = _best(logits).tolist() if any(row.params.temperature <= 0 for row in rows) else []
+    best = _best(logits).tolist() if any(row.params.temperature < COLDEST for row in rows) else []
     tokens = [
-        _draw(one / row.params.temperature, row) if row.params.temperature > 0 else best[i]
+        _draw(one / row.params.temperature, row) if row.params.temperature >= COLDEST else best[i]
         for i, (one, row) in enumerate(zip(each, rows, strict=True))
     ]
     return [
@@ -80,7 +81,7 @@ def choose(logits: Tensor, rows: Sequence[Row]) -> Tensor:
     best, each = _best(logits), logits.unbind()
     tokens = torch.stack(
         [
-            _drawn(one / row.params.temperature, row) if row.params.temperature > 0 else best[i]
+            _drawn(one / row.params.temperature, row) if row.params.temperature >= COLDEST else best[i]
             for i, (one, row) in enumerate(zip(each, rows, strict=True))
         ]
     )

@@ -7,6 +7,7 @@ same program on the CPU. Knows no layers.
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -91,5 +92,6 @@ def multiply(
     tensors = (x, codes, scales, *(some if t is None else t for t in (offsets, values, bias)), y)
     told = (values is not None, offsets is not None, bias is not None)
     grid = (triton.cdiv(n, OUTPUTS), triton.cdiv(m, rows))
-    _product[grid](*tensors, m, n, k, bits, group, _step(group), rows, OUTPUTS, *told)
+    with torch.cuda.device_of(x):  # type: ignore[no-untyped-call]  # Triton launches on the current one
+        _product[grid](*tensors, m, n, k, bits, group, _step(group), rows, OUTPUTS, *told)
     return y

@@ -170,6 +170,19 @@ class PromptStore:
 
     def load(self, digest: str) -> SoftPrompt:
         """The prompt of a live version; its digest is computed anew. Raises NotFound, Gone, CorruptBlob."""
+        blob = self._live_blob(digest)
+        try:
+            prompt = read_prompt(self._blobs.get(blob)).prompt
+            if prompt.digest != digest:
+                raise CorruptBlob(digest, f"are those of {prompt.digest}")
+        except (CorruptBlob, InvalidArtifact) as error:
+            self._live_blob(digest)  # else it was deleted meanwhile, and nothing is damaged
+            with self._counting:
+                self._integrity_failures += 1
+            raise CorruptBlob(digest, getattr(error, "why", f"do not parse: {error.message}")) from error
+        return prompt
+
+    def _live_blob(self, digest: str) -> str:
         with self._database.read() as session:
             stored = select(PromptRow.blob, _LIVE).where(PromptRow.namespace == self.namespace)
             row = session.execute(stored.where(PromptRow.digest == digest)).one_or_none()
@@ -178,15 +191,7 @@ class PromptStore:
         blob, live = row
         if not live:
             raise Gone(f"every version of {digest} was deleted")
-        try:
-            prompt = read_prompt(self._blobs.get(blob)).prompt
-            if prompt.digest != digest:
-                raise CorruptBlob(digest, f"are those of {prompt.digest}")
-        except (CorruptBlob, InvalidArtifact) as error:
-            with self._counting:
-                self._integrity_failures += 1
-            raise CorruptBlob(digest, getattr(error, "why", f"do not parse: {error.message}")) from error
-        return prompt
+        return str(blob)
 
     def content(self, task: str, version: int) -> bytes:
         """A live version as a prompt file, provenance included; canonical. Raises NotFound, Gone, CorruptBlob."""

@@ -10,11 +10,11 @@ import asyncio
 import time
 from collections import OrderedDict
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
-
 from engine.api import Engine, EngineInfo
+from prompts_store.errors import Gone
 from prompts_store.golden import Golden
 from prompts_store.prompt import SoftPrompt
 from prompts_store.records import Version
@@ -105,6 +105,13 @@ class PromptFinder:
 
         The first time that a version is loaded its self-test is run. Raises StoreError, EngineError, ScoringFailed.
         """
+        try:
+            return await self._find(query, engine)
+        except Gone:  # between finding and reading it; there may be another by now
+            self._resolved.pop(query, None)
+            return await self._find(query, engine)
+
+    async def _find(self, query: Query, engine: Engine) -> Stitch | None:
         resolved = await self.resolve(query, engine.info)
         if resolved.version is None:
             return None
@@ -134,7 +141,7 @@ class PromptFinder:
     async def _read(self, version: Version, engine: Engine) -> SoftPrompt:
         prompt = await self._registry.read("load", self._store.load, version.digest)
         if version.golden is not None:
-            await run_in_threadpool(self._golden.check, engine, prompt, version)
+            await self._registry.wait(partial(self._golden.check, engine, prompt, version))
         return prompt
 
     def _have_read(self, held: _Held, reading: asyncio.Task[SoftPrompt]) -> None:

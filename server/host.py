@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 
+import anyio
 import anyio.to_thread
 
 from engine.api import Engine
@@ -48,6 +49,7 @@ class EngineHost:
         self._running: Counter[str | None] = Counter()  # key id -> requests under way
         self.phase = Phase.LOADING
         self.abandoned = False  # the loader's thread was left behind
+        self._looking = anyio.CapacityLimiter(1)  # so that nobody else's threads decide whether this server lives
 
     @property
     def loaded(self) -> Engine | None:
@@ -119,7 +121,8 @@ class EngineHost:
             return True
         try:
             async with asyncio.timeout(STATS_SECONDS):
-                stats = await anyio.to_thread.run_sync(self._engine.stats, abandon_on_cancel=True)
+                asked = anyio.to_thread.run_sync(self._engine.stats, abandon_on_cancel=True, limiter=self._looking)
+                stats = await asked
         except TimeoutError:
             return False
         return stats.last_step_age <= self._settings.liveness_timeout

@@ -91,6 +91,9 @@ async def begin(request: Request, find: Find, inputs: Inputs, asked: Asked) -> B
         if stitch is not None:
             exchange.task, exchange.prompt_digest = stitch.version.task, stitch.version.digest
         texts = await tokenise(engine.tokenizer, inputs, stitch.prompt.bos if stitch else "tokenizer")
+        if len(texts) > (most := services.settings.max_queue):
+            message = f"{len(texts)} texts are more than may wait here at once ({most}); send them in several requests"
+            raise ApiError(400, "too_many_texts", message, param=inputs.param)
         name = secrets.token_hex(12)
         limit = services.settings.request_timeout
         requests = [

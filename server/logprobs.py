@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from codecs import getincrementaldecoder
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,18 +12,29 @@ from engine.request import TokenLogprob
 LEAST = -9999.0  # JSON has no minus infinity; OpenAI writes this
 
 
-def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob], offset: int = 0) -> dict[str, Any]:
-    """For completions. `offset`: characters of the choice's text before the first of these tokens."""
-    names = [token_name(tokenizer, token.token_id) for token in tokens]
-    offsets = []
-    for name in names:
-        offsets.append(offset)
-        offset += len(name)
+class Offsets:
+    """Where the tokens of a text begin, in characters. A character that is spread over tokens comes with the last."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._at = 0
+
+    def next(self, token_id: int) -> int:
+        """Of the token that follows those before."""
+        at = self._at
+        if token_id not in self._tokenizer.special_token_ids:  # these are no text
+            self._at += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return at
+
+
+def completion_logprobs(tokenizer: Tokenizer, tokens: Sequence[TokenLogprob], offsets: Offsets) -> dict[str, Any]:
+    """For completions. `offsets` stand behind the tokens of the choice that were told before these."""
     return {
-        "tokens": names,
+        "tokens": [token_name(tokenizer, token.token_id) for token in tokens],
         "token_logprobs": [None if token.logprob is None else _number(token.logprob) for token in tokens],
         "top_logprobs": [_alternatives(tokenizer, token) for token in tokens],
-        "text_offset": offsets,
+        "text_offset": [offsets.next(token.token_id) for token in tokens],
     }
 
 

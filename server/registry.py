@@ -6,27 +6,34 @@ Knows no meaning of a call; the store's errors pass through.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import ParamSpec, TypeVar
 from zlib import crc32
 
+from anyio import CapacityLimiter, to_thread
 from starlette.concurrency import run_in_threadpool
 
 from server.metrics import Metrics
 
 P = ParamSpec("P")
 R = TypeVar("R")
+PATIENT = 16  # threads that wait for the engine
 EPOCHS = 4096  # counted apart; tasks that share one are asked for anew with each other, whatever names clients try
 
 
 class Registry:
-    """Runs the store's functions where they may block. `alone`: no other process can change the store."""
+    """Runs the store's functions where they may block. `alone`: no other process can change the store.
+
+    What waits for the engine besides, which may be busy for long, has threads of its own: else forty self-tests would
+    hold up every look-up, and the probes that say whether the server lives.
+    """
 
     def __init__(self, metrics: Metrics, backend: str) -> None:
         self._seconds = metrics.store_duration
         self._backend = backend
         self.alone = backend == "directory"
         self._epochs = [0] * EPOCHS
+        self._patient = CapacityLimiter(PATIENT)
 
     def epoch(self, task: str | None) -> int:
         """How often the task was changed here, or, None, the keys: what was read in a former epoch may be old."""
@@ -34,11 +41,7 @@ class Registry:
 
     async def read(self, op: str, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """`function(*args)`; `op` names it in the metrics."""
-        started = time.monotonic()
-        try:
-            return await run_in_threadpool(function, *args, **kwargs)
-        finally:
-            self._seconds.labels(op, self._backend).observe(time.monotonic() - started)
+        return await self._timed(op, run_in_threadpool(function, *args, **kwargs))
 
     async def change(self, op: str, task: str | None, function: Callable[P, R], *args: P.args, **kwargs: P.kwargs) -> R:
         """The same for what may alter a task or, None, the keys, even where it raises."""
@@ -46,6 +49,24 @@ class Registry:
             return await self.read(op, function, *args, **kwargs)
         finally:
             self._epochs[_slot(task)] += 1
+
+    async def push(self, task: str, function: Callable[[], R]) -> R:
+        """`change` for what waits for the engine, too."""
+        try:
+            return await self._timed("push", self.wait(function))
+        finally:
+            self._epochs[_slot(task)] += 1
+
+    async def wait(self, function: Callable[[], R]) -> R:
+        """`function()`, which waits for the engine."""
+        return await to_thread.run_sync(function, limiter=self._patient)
+
+    async def _timed(self, op: str, call: Awaitable[R]) -> R:
+        started = time.monotonic()
+        try:
+            return await call
+        finally:
+            self._seconds.labels(op, self._backend).observe(time.monotonic() - started)
 
 
 def _slot(task: str | None) -> int:

@@ -17,7 +17,7 @@ from server.answers import Counts, gather
 from server.bodies import JsonBody
 from server.generation import Tagged
 from server.inference import Asked, Begun, Ids, Inputs, begin_openai
-from server.logprobs import completion_logprobs
+from server.logprobs import Offsets, completion_logprobs
 from server.openapi import INFERENCE_ERRORS, Success, operation
 from server.render import Json
 from server.schemas.completions import CompletionAnswer, CompletionBody
@@ -88,7 +88,8 @@ class Shape:
             echo = self.echo(index // n)
             tokens = [*gathered.scores.get(index // n, ()), *choice.logprobs]
             finish = choice.finish_reason or "length"
-            choices.append(self.choice(index, echo + choice.text, tokens, 0, finish, choice.stop_reason))
+            offsets = Offsets(self.tokenizer)
+            choices.append(self.choice(index, echo + choice.text, tokens, offsets, finish, choice.stop_reason))
         return {**self.object(choices), "usage": gathered.counts.openai(), "prompt": self.begun.prompt}
 
     def object(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
@@ -100,7 +101,7 @@ class Shape:
         index: int,
         text: str,
         tokens: Sequence[TokenLogprob],
-        offset: int,
+        offsets: Offsets,
         finish_reason: str | None,
         stop_reason: str | int | None,
     ) -> dict[str, Any]:
@@ -109,7 +110,7 @@ class Shape:
         return {
             "index": index,
             "text": text,
-            "logprobs": completion_logprobs(self.tokenizer, tokens, offset) if told else None,
+            "logprobs": completion_logprobs(self.tokenizer, tokens, offsets) if told else None,
             "finish_reason": finish_reason,
             "stop_reason": stop_reason,
         }
@@ -130,7 +131,7 @@ class Chunks(Encoder):
         self._n = shape.body.choices
         self._counts = Counts()
         self._scores: dict[int, tuple[TokenLogprob, ...]] = {}
-        self._sent: dict[int, int] = {}  # choice -> characters sent
+        self._begun: dict[int, Offsets] = {}  # choices of which something was sent
         self._open = len(shape.begun.texts)
         self._first = True
 
@@ -147,14 +148,14 @@ class Chunks(Encoder):
 
     def _piece(self, text: int, event: TokenEvent) -> list[dict[str, Any]]:
         index, tokens, piece = text * self._n + event.index, event.logprobs, event.text
-        if index not in self._sent:
+        if index not in self._begun:
+            self._begun[index] = Offsets(self._shape.tokenizer)
             piece = self._shape.echo(text) + piece
             tokens = (*self._scores.get(text, ()), *tokens)
-        offset = self._sent.get(index, 0)
-        self._sent[index] = offset + len(piece)
         if not (piece or tokens or event.finish_reason):
             return []
-        return [self._chunk(self._shape.choice(index, piece, tokens, offset, event.finish_reason, event.stop_reason))]
+        ended = event.finish_reason, event.stop_reason
+        return [self._chunk(self._shape.choice(index, piece, tokens, self._begun[index], *ended))]
 
     def _done(self, text: int, event: RequestDone) -> list[dict[str, Any]]:
         self._counts.add(event)
@@ -162,7 +163,7 @@ class Chunks(Encoder):
         silent = TokenEvent(0, "", (), finish_reason="length")  # max_tokens 0: the echo is all there is
         chunks: list[dict[str, Any]] = []
         for index in range(self._n):
-            if text * self._n + index not in self._sent:
+            if text * self._n + index not in self._begun:
                 chunks += self._piece(text, replace(silent, index=index))
         if self._shape.body.include_usage and not self._open:
             chunks.append({**self._shape.object([]), "usage": self._counts.openai()})

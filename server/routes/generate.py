@@ -20,7 +20,7 @@ from server.errors import ApiError
 from server.finder import Stitch
 from server.generation import Tagged
 from server.inference import Asked, Begun, Ids, Inputs, begin
-from server.logprobs import completion_logprobs
+from server.logprobs import Offsets, completion_logprobs
 from server.openapi import INFERENCE_ERRORS, Success, operation
 from server.render import Json
 from server.routes.chat import chat_inputs, default_max_tokens
@@ -111,15 +111,19 @@ class Shape:
         """What the end of an answer tells."""
         return {"prompt": self.begun.prompt, "usage": counts.own()}
 
-    def logprobs(self, tokens: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+    def logprobs(self, tokens: Sequence[TokenLogprob], offsets: Offsets) -> dict[str, Any]:
         """`{"logprobs": …}` if asked for, else nothing."""
         if self.body.logprobs is None:
             return {}
-        return {"logprobs": completion_logprobs(self.begun.engine.tokenizer, tokens, offset)}
+        return {"logprobs": completion_logprobs(self.begun.engine.tokenizer, tokens, offsets)}
 
     def _choice(self, choice: Choice) -> dict[str, Any]:
         told = {"text": choice.text, "finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
-        return {**told, **self.logprobs(choice.logprobs, 0)}
+        return {**told, **self.logprobs(choice.logprobs, self.offsets())}
+
+    def offsets(self) -> Offsets:
+        """Of a choice that begins."""
+        return Offsets(self.begun.engine.tokenizer)
 
 
 class Lines(Encoder):
@@ -127,7 +131,7 @@ class Lines(Encoder):
 
     def __init__(self, shape: Shape) -> None:
         self._shape = shape
-        self._sent = [0] * shape.body.choices  # characters
+        self._offsets = [shape.offsets() for _ in range(shape.body.choices)]
         self._waiting: dict[str, Any] | None = None
 
     def encode(self, events: Sequence[Tagged]) -> list[dict[str, Any]]:
@@ -147,14 +151,12 @@ class Lines(Encoder):
         return lines
 
     def _line(self, event: TokenEvent) -> dict[str, Any]:
-        offset = self._sent[event.index]
-        self._sent[event.index] += len(event.text)
         line = {
             "id": self._shape.id,
             "index": event.index,
             "text": event.text,
             "finish_reason": event.finish_reason,
-            **self._shape.logprobs(event.logprobs, offset),
+            **self._shape.logprobs(event.logprobs, self._offsets[event.index]),
         }
         if event.finish_reason is not None:
             line["stop_reason"] = event.stop_reason

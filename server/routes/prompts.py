@@ -103,7 +103,7 @@ async def _push(request: Request, body: Upload, task: str, level: str | None, bo
         file = body.read(services.host.engine, services.settings, services.golden, bos)
         return *services.store.push(file, task, level, by=actor), file.bound
 
-    version, new, bound = await services.registry.change("push", task, judge_and_store)
+    version, new, bound = await services.registry.push(task, judge_and_store)
     return (201 if new else 200), {**_shown(services, version), "base_bound": bound}
 
 

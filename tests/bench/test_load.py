@@ -1,12 +1,14 @@
 """What the load generator reports is what the fake server did, faults included."""
 
 import json
+import time
 
 import httpx
 import pytest
 from typer.testing import CliRunner
 
 from bench import forms
+from bench.fidelity import Measure
 from bench.load import Pace, first_tokens, run
 from bench.soft_prompts import write_prompts
 from bench.workload import Job, Workload, load_tokenizer
@@ -138,6 +140,20 @@ def test_uploads_go_on_beside_a_load_each_with_other_bytes(fake, checkpoint, tmp
     jobs = [Job(TEXT, 3, None, 3)]
     refused = run(fake, jobs, forms.named("base"), Pace(2, uploads=40.0), upload=("/nowhere", prompt))
     assert refused.errors["upload: http 404"] > 0
+
+
+def test_uploads_that_do_not_keep_up_are_told(fake, checkpoint, tmp_path, monkeypatch):
+    """A load beside 6 uploads a second passed for one beside 50."""
+    monkeypatch.setattr("bench.uploads.CONNECTIONS", 1)
+    monkeypatch.setattr("bench.uploads._Client.post", lambda *_: time.sleep(0.2))
+    jobs = [Job(TEXT, 3, None, 30)] * 4
+    figures = run(fake, jobs, forms.named("base"), Pace(1, uploads=100.0), upload=(PATH, b"x" * 16))
+    assert any(error.startswith("uploads too slow: ") for error in figures.errors)
+
+
+def test_errors_of_the_dense_server_are_told(fake):
+    measure = Measure.of(fake, [Job(TEXT, 8, None)] * 2, lambda job: {"model": "busy", "prompt": job.text})
+    assert measure.compare(fake, forms.named("base")).errors == {"dense: http 429": 2}
 
 
 def test_command_line_prints_the_figures_and_fails_on_errors(fake, checkpoint, tmp_path):

@@ -280,3 +280,15 @@ def test_kv_prompt_in_half_precision_pages_is_close_to_rows_path(make_engine, re
 def test_timings_add_up(make_engine):
     timings = ask(make_engine(), TEXT, max_tokens=8).wait().last.timings
     assert all(value >= 0 and math.isfinite(value) for value in (timings.queued, timings.prefill, timings.decode))
+
+
+def test_tokens_of_a_client_that_left_are_counted(make_engine):
+    """Only what ended well was: a server under cancelled streams seemed idle."""
+    engine = make_engine()
+    answer = ask(engine, TEXT, max_tokens=900)
+    for _ in range(20):
+        answer.events.get(timeout=10)
+    engine.cancel(answer.request.request_id)
+    until(lambda: engine.stats().running == 0)
+    assert engine.stats().prompt_tokens == len(TEXT)
+    assert engine.stats().generation_tokens >= 20

@@ -195,3 +195,12 @@ def test_what_is_left_on_the_device_is_what_is_told():
 def test_what_needs_a_look_is_not_plain(params):
     assert not row(temperature=1.0, **params).plain
     assert row(temperature=0.0, top_k=5, top_p=0.5, min_p=0.1).plain  # filters keep the best, whatever they drop
+
+
+@pytest.mark.parametrize("temperature", [1e-6, 1e-38, 5e-324])
+def test_a_temperature_next_to_nothing_is_greedy(temperature):
+    """Divided by it, logits left fp32, and what came out was noise."""
+    torch.manual_seed(0)
+    table = torch.randn(4, 512) * 20
+    rows = [row(temperature=temperature, top_p=(1.0, 0.9)[i % 2]) for i in range(4)]
+    assert [choice.token_id for choice in sample(table.clone(), rows)] == table.argmax(-1).tolist()

@@ -1,12 +1,15 @@
 """Golden self-tests over HTTP. The fake engine gives every token a logprob of -0.5, so the right loss is 0.5."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
+import httpx
 import pytest
 import torch
 from support import tiny
 from support.fake_engine import LEVEL, VOCAB, WEIGHTS, FakeEngine
-from support.served import serving, soft_prompt
+from support.served import serving, soft_prompt, until
 from support.uploads import upload
 
 from engine.engine import LocalEngine
@@ -211,3 +214,18 @@ def test_a_real_model_passes_its_own_test_and_not_that_of_another(tmp_path, dtyp
         told = put(golden).json()["golden"]
         assert told["ok"]
         assert abs(told["found"] - golden.loss) < (1e-5 if dtype == torch.float32 else golden.tolerance)
+
+
+def test_self_tests_that_wait_hold_nobody_else_up(tmp_path):
+    """Forty of them took all threads: probes waited half a minute, and /livez said that a busy server was dead."""
+    with serving(tmp_path) as served, ThreadPoolExecutor(60) as clients:
+        served.engine.held.set()
+        files = [golden_bytes(number=100 + i) for i in range(50)]
+        waiting = [clients.submit(httpx.post, f"{served.url}/v1/prompts/slow/versions", content=each) for each in files]
+        until(lambda: served.engine.stats().waiting + served.engine.stats().running >= 16)
+        for path in ("/livez", "/readyz", "/metrics", "/v1/prompts"):
+            began = time.monotonic()
+            assert served.client.get(path).status_code == 200
+            assert time.monotonic() - began < 2
+        served.engine.held.clear()
+        assert {each.result().status_code for each in waiting} <= {201, 422}

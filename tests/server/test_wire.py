@@ -6,7 +6,10 @@ import threading
 import time
 
 import pytest
-from support.served import serving, until
+from support.served import prompt_bytes, serving, until
+
+from prompts_store.store import PromptStore
+from server.http import BoundedProtocol
 
 HEAD = b"POST /v1/generate HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
 
@@ -231,3 +234,29 @@ def test_errors_that_nobody_foresaw(served, monkeypatch):
     assert "secret" not in answer.text
     assert answer.json()["error"]["request_id"] == answer.headers["x-request-id"]
     assert answer.headers["x-content-type-options"] == "nosniff"
+
+
+def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path, monkeypatch):
+    """Downloads that nobody read were held in memory, and their sockets open, until the client went."""
+    monkeypatch.setattr(BoundedProtocol, "stall_seconds", 0.3)
+    large = bytes(range(256)) * 100_000
+    monkeypatch.setattr(PromptStore, "content", lambda *_: large)
+    with serving(tmp_path) as served:
+        assert served.client.post("/v1/prompts/large/versions", content=prompt_bytes()).status_code == 201
+        path = "/v1/prompts/large/versions/1/content"
+        with socket.create_connection(("127.0.0.1", served.port), timeout=20) as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n".encode())
+            until(lambda: len(served.server.server_state.connections) > 1)
+            until(lambda: len(served.server.server_state.connections) == 1, 10)  # the other client's
+        slow = b""
+        with socket.socket() as connection:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 16)
+            connection.connect(("127.0.0.1", served.port))
+            connection.sendall(f"GET {path} HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n".encode())
+            began = time.monotonic()
+            while chunk := connection.recv(1 << 16):
+                slow += chunk
+                time.sleep(0.003)
+        assert time.monotonic() - began > 1  # longer than anyone may take nothing
+        assert slow.endswith(large[-4096:])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from typing import Any
 import httpx
 import torch
 import uvicorn
+from support.drive import until as until
 from support.fake_engine import BASE, HIDDEN, LEVEL, WEIGHTS, FakeEngine
 
 from prompts_store.file import PromptFile, Provenance, encode_prompt
@@ -101,14 +101,6 @@ def serving(
             thread.join(20)
             engine.close()
             assert not thread.is_alive()
-
-
-def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
-    """Wait for a condition; fails if it does not come."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "this should have happened by now"
-        time.sleep(0.005)
 
 
 def _port(server: uvicorn.Server) -> int:
