@@ -239,7 +239,7 @@ def test_errors_that_nobody_foresaw(served, monkeypatch):
 def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path, monkeypatch):
     """Downloads that nobody read were held in memory, and their sockets open, until the client went."""
     monkeypatch.setattr(BoundedProtocol, "stall_seconds", 0.3)
-    large = bytes(range(256)) * 100_000
+    large = bytes(range(256)) * 400_000
     monkeypatch.setattr(PromptStore, "content", lambda *_: large)
     with serving(tmp_path) as served:
         assert served.client.post("/v1/prompts/large/versions", content=prompt_bytes()).status_code == 201
@@ -257,6 +257,6 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path, monkeypatch):
             began = time.monotonic()
             while chunk := connection.recv(1 << 16):
                 slow += chunk
-                time.sleep(0.003)
+                time.sleep(0.001)
         assert time.monotonic() - began > 1  # longer than anyone may take nothing
         assert slow.endswith(large[-4096:])
