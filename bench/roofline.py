@@ -1,17 +1,20 @@
 """How near its roof a device comes at the shape of LLaMA-7B, with random weights: speed does not depend on them.
 
-    python -m bench.roofline --device cuda --out runs/roofline.json
+    python -m bench.roofline --device cuda --out runs/roofline.json [--vllm PYTHON]
 
 To decode one sequence every weight must be read once, so its roof is the rate at which this device copies memory;
-of 64 sequences, and of prefill, it is that or the rate of a large product, whichever takes longer. Both are
-measured in the same run, and so are transformers with bitsandbytes. What is timed is what the engine does for a step,
-from token ids to logits. Knows models and pages; knows no server.
+of 64 sequences, and of prefill, it is that or the rate of a large product, whichever takes longer. Both are measured in
+the same run, and so are transformers with bitsandbytes, and vLLM where a Python that has it is named. What is timed is
+what the engine does for a step, from token ids to logits. Knows models and pages; knows no server.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import statistics
+import subprocess
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -130,6 +133,41 @@ def measure(config: LlamaConfig, device: torch.device, side: int = 8192, text: i
     return found
 
 
+def beside_vllm(
+    config: LlamaConfig, ours: Sequence[Figure], python: Path, device: str, text: int = TEXT
+) -> list[Figure]:
+    """Our steps in bf16 beside vLLM's on the same device, one after the other; no figure that must be reached. Raises
+    CalledProcessError."""
+    shape = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.num_kv_heads,
+        "intermediate_size": config.intermediate_size,
+        "vocab_size": config.vocab_size,
+        "max_position_embeddings": config.max_len,
+        "rms_norm_eps": config.rms_norm_eps,
+        "torch_dtype": "bfloat16",
+    }
+    card = {}
+    if device.startswith("cuda"):
+        number, seen = int(device.partition(":")[2] or 0), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+        card = {"CUDA_VISIBLE_DEVICES": seen.split(",")[number] if seen else str(number)}
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "config.json").write_text(json.dumps(shape))
+        command = [str(python), str(Path(__file__).with_name("vllm_peer.py")), folder, str(text), "1", "64"]
+        said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | card).stdout
+    theirs: dict[str, float] = json.loads(said.strip().splitlines()[-1])
+    mine = {f.what: f.milliseconds for f in ours if f.level == "bf16"}
+    found = []
+    for batch, seconds in theirs.items():
+        ratio = 1e3 * seconds / mine[f"decode, {batch} at once"]
+        found.append(Figure(f"{batch} at once beside vLLM", "bf16", 1e3 * seconds, ratio, 0.0))
+    return found
+
+
 def _decode(model: Llama, batch: int, positions: int) -> float:
     """Seconds of a step, as the engine carries it out: replayed where that is possible."""
     kv, tables = pages_for(model, batch, positions)
@@ -180,11 +218,15 @@ def _wait(device: torch.device) -> None:
 def main(
     device: Annotated[str, typer.Option(help="Where to measure: cuda, cuda:1.")] = "cuda",
     out: Annotated[Path, typer.Option(help="Everything, as JSON.")] = Path("runs/roofline.json"),
+    vllm: Annotated[Path | None, typer.Option(metavar="PYTHON", help="Of an environment with vLLM.")] = None,
 ) -> None:
     """Measure, and exit 1 where a share is too small."""
     select(torch.device(device))
     with torch.inference_mode():
         found = measure(LLAMA_7B, torch.device(device))
+    if vllm is not None:
+        torch.cuda.empty_cache()
+        found += beside_vllm(LLAMA_7B, found, vllm, device)
     card = torch.cuda.get_device_name(device) if device.startswith("cuda") else device
     told = {"machine": describe(), "device": card, "torch": torch.__version__, "figures": [asdict(f) for f in found]}
     out.parent.mkdir(parents=True, exist_ok=True)

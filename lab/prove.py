@@ -148,11 +148,13 @@ def prove(
 
 
 def floor(learned: Sequence[Document], material: Material, windows: Windows) -> dict[str, Any]:
-    """What the answers of a task that is scored in these windows cost by their frequencies; nothing of other data."""
+    """What the answers of a task that is scored in these windows cost by their frequencies; nothing of other data, or
+    where answers are no choice among a few."""
     if form(material.documents) != "completion" or not learned:
         return {}
     asked = [material.documents[at] for at in sorted(set(windows.document.tolist()))]
-    nats = by_frequency(learned, asked)
+    if (nats := by_frequency(learned, asked)) is None:
+        return {}
     return {"by_frequency": {"perplexity": math.exp(nats / windows.scored_tokens), "nats_an_answer": nats / len(asked)}}
 
 

@@ -104,10 +104,10 @@ def best_prefix(
     return best, tried
 
 
-def by_frequency(learned: Sequence[Document], asked: Sequence[Document]) -> float:
-    """Nats that the completions of `asked` cost whoever knows how often each one came in `learned` and no more, one
-    count being left for what never came."""
+def by_frequency(learned: Sequence[Document], asked: Sequence[Document]) -> float | None:
+    """Nats that the completions of `asked` cost whoever knows how often each one came in `learned`, and no more; None
+    where one never came: such answers are no choice among a few."""
     counts = Counter(document.completion for document in learned)
-    counts[None] = 1
-    total = counts.total()
-    return -sum(math.log((counts.get(document.completion) or 1) / total) for document in asked)
+    if any(document.completion not in counts for document in asked):
+        return None
+    return -sum(math.log(counts[document.completion] / counts.total()) for document in asked)

@@ -175,10 +175,10 @@ def _kept(found: Sequence[Claim], sources: Sources) -> Table:
     )
     note = (
         "Of what an equal prompt gains on the dense model, in nats; where that is too little, no row stands. By "
-        "frequency: of whoever knows how often each answer is right in the data learned from, and reads no question; "
-        "where the dense model's own prompt is no better, it has learned the form of an answer and no task. "
-        "Perplexity is of the completions alone. The dense model without a prompt does not know a task, so "
-        "nothing is held against it."
+        "frequency: of whoever knows how often each answer is right in the data learned from, and reads no question. "
+        "Where the dense model's own prompt is no better, it has learned the form of an answer and no task. Perplexity "
+        "is of the completions alone. The dense model without a prompt does not know a task, so nothing is held "
+        "against it."
     )
     return Table("What compressed + prompt keeps of the gain of dense + prompt", columns, rows, (note,))
 

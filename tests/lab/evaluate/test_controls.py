@@ -98,7 +98,9 @@ def test_ids_that_are_none(model, ids):
 
 
 def test_answers_by_their_frequencies():
-    """Three yes, one no and one count for what never came: 3/5, 1/5, 1/5."""
-    learned = [Document(str(i), text="?", completion=answer) for i, answer in enumerate(["yes", "yes", "yes", "no"])]
-    asked = [Document(str(i), text="?", completion=answer) for i, answer in enumerate(["yes", "no", "perhaps"])]
-    assert by_frequency(learned, asked) == pytest.approx(-math.log(3 / 5) - 2 * math.log(1 / 5))
+    def answers(*given: str) -> list[Document]:
+        return [Document(str(i), text="?", completion=answer) for i, answer in enumerate(given)]
+
+    learned = answers("yes", "yes", "yes", "no")
+    assert by_frequency(learned, answers("yes", "no")) == pytest.approx(-math.log(3 / 4) - math.log(1 / 4))
+    assert by_frequency(learned, answers("yes", "it depends")) is None  # not of a few: nobody can say how likely
