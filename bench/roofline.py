@@ -159,7 +159,8 @@ def beside_vllm(
         (Path(folder) / "config.json").write_text(json.dumps(shape))
         command = [str(python), str(Path(__file__).with_name("vllm_peer.py")), folder, str(text), "1", "64"]
         said = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=os.environ | card).stdout
-    theirs: dict[str, float] = json.loads(said.strip().splitlines()[-1])
+    lines = [line for line in said.splitlines() if line.startswith("{")]  # vLLM writes its log there, too
+    theirs: dict[str, float] = json.loads(lines[-1])
     mine = {f.what: f.milliseconds for f in ours if f.level == "bf16"}
     found = []
     for batch, seconds in theirs.items():

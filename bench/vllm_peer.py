@@ -2,7 +2,7 @@
 
     python bench/vllm_peer.py FOLDER TEXT BATCH [BATCH …]      # FOLDER holds the config.json of the shape
 
-Prints seconds a token by batch, as JSON in its last line. Knows vLLM, and nothing of ours.
+Prints seconds a token by batch, as a line of JSON among those of vLLM. Knows vLLM, and nothing of ours.
 """
 
 from __future__ import annotations

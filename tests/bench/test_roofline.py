@@ -49,6 +49,7 @@ def test_vllm_stands_beside_our_steps_in_bf16(tmp_path):
         "    def generate(self, prompts, params, use_tqdm):\n"
         "        assert all(len(each['prompt_token_ids']) == 16 for each in prompts)\n"
         "        time.sleep(0.002 * params.max_tokens)\n"
+        "        print('a log line')\n"
     )
     python = tmp_path / "python"
     python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
