@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from cli.options import Config, Key, Store, Url
-from cli.output import AsJson, CommandError, tell
+from cli.output import AsJson, CommandError, tell, words_of
 from cli.prompts import Binding, Bos, Level, OnlyBase, OnlyLevel, TaskName, check_free, tell_pushed
 from cli.registry import Source, open_registry, pick
 
@@ -45,7 +45,7 @@ def from_text(
     from cli.written import written_prompt
     from prompts_store.file import write_prompt
 
-    words = _words(text)
+    words = words_of(text)
     folder = find_model(model)
     if out is not None:
         return _save(written_prompt(words, folder, task, level), out, force, as_json)
@@ -55,15 +55,6 @@ def from_text(
         write_prompt(file, written_prompt(words, folder, task, level))
         assert task is not None
         return tell_pushed(registry.push(Source(file), task, None, None), as_json)
-
-
-def _words(text: str) -> str:
-    """The argument, or what stands on standard input. Raises CommandError where it is no UTF-8."""
-    given = typer.get_binary_stream("stdin").read() if text == "-" else text.encode(errors="surrogateescape")
-    try:
-        return given.decode()
-    except UnicodeDecodeError as error:
-        raise CommandError(f"the text is not UTF-8 (byte {error.start}); convert it first", usage=True) from error
 
 
 def import_peft(

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Annotated, Any
 
 import typer
 
 from cli.options import Config, Key, Url, flag, takes_settings
-from cli.output import AsJson, CommandError, progress, tell_json
+from cli.output import AsJson, CommandError, progress, tell_json, words_of
 from cli.registry import Answer
 
 PANELS = {
@@ -36,7 +35,7 @@ MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to g
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0, max=2, help="0 is greedy; else 1.")]
 TopP = Annotated[float | None, typer.Option("--top-p", min=0, max=1, help="Mass of the tokens to choose from.")]
 Seed = Annotated[int | None, typer.Option("--seed", help="The same seed gives the same answer.")]
-Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeat for more (at most 4).")]
+Stop = Annotated[list[str] | None, typer.Option("--stop", help="End before this text; repeat for more (at most 16).")]
 
 
 @takes_settings(PANELS)
@@ -57,7 +56,7 @@ def generate(
     **flags: Any,
 ) -> None:
     """Continue a text behind a task's soft prompt."""
-    words = sys.stdin.read() if text == "-" else text
+    words = words_of(text)
     sampling = {
         "max_tokens": max_tokens,
         "temperature": temperature,
@@ -70,6 +69,9 @@ def generate(
         from cli.answer import answer
         from server.settings import load_settings
 
+        _check(sampling)
+        if flags.get("resolution") is not None and task is None:
+            raise CommandError("--resolution is of use with --task only", usage=True)
         settings = load_settings(config, **flags)
         with progress(quiet=as_json) as steps:
             events = answer(settings, words, chat, task, soft_tokens, sampling, steps)
@@ -84,6 +86,20 @@ def generate(
     body |= sampling | {name: value for name, value in named.items() if value is not None}
     with client(url, key) as http:
         return _print(RemoteRegistry(http).generate(body), as_json)
+
+
+def _check(sampling: Mapping[str, Any]) -> None:
+    """By the bounds of a server. Raises CommandError."""
+    from pydantic import ValidationError
+
+    from server.schemas.sampling import SamplingFields
+
+    try:
+        SamplingFields(**sampling)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0]).replace("_", "-")
+        raise CommandError(f"--{name}: {first['msg'][:1].lower()}{first['msg'][1:]}", usage=True) from error
 
 
 def _print(events: Iterable[Answer], as_json: bool) -> None:

@@ -111,3 +111,12 @@ def _shown(value: Any) -> str:
     if isinstance(value, list):
         return ", ".join(map(_shown, value))
     return json.dumps(value, ensure_ascii=False) if isinstance(value, Mapping | bool) else str(value)
+
+
+def words_of(text: str) -> str:
+    """The argument, or what stands on standard input. Raises CommandError where it is no UTF-8."""
+    given = typer.get_binary_stream("stdin").read() if text == "-" else text.encode(errors="surrogateescape")
+    try:
+        return given.decode()
+    except UnicodeDecodeError as error:
+        raise CommandError(f"the text is not UTF-8 (byte {error.start}); convert it first", usage=True) from error

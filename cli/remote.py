@@ -28,6 +28,8 @@ USAGE = (HTTPStatus.BAD_REQUEST, HTTPStatus.UNPROCESSABLE_ENTITY)
 @contextmanager
 def client(url: str, key: str | None) -> Iterator[httpx.Client]:
     """A connection to the server at `url`, with its API key. Every failure of transport becomes a CommandError."""
+    if key and not key.isascii():
+        raise CommandError("--key: an API key holds no such characters; take it as it was shown", usage=True)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     timeout = httpx.Timeout(ANSWER_SECONDS, connect=CONNECT_SECONDS)
     try:
@@ -78,7 +80,7 @@ class RemoteRegistry:
 
     def delete_alias(self, alias: Answer) -> None:
         path = f"/v1/prompts/{_part(alias['task'])}/aliases/{_part(alias['alias'])}"
-        self._call("DELETE", path, params={"level": alias["level"]})
+        self._call("DELETE", path, params={"level": alias["level"], "base": alias["base"]})
 
     def measurements(self, task: str, version: int) -> list[Answer]:
         pages = self._pages(f"/v1/prompts/{_part(task)}/versions/{version}/measurements")

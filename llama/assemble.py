@@ -16,12 +16,13 @@ from llama.checkpoint import Checkpoint
 from llama.embedding import DenseEmbedding, Embedding, Q8Embedding
 from llama.errors import BrokenCheckpoint
 from llama.formats.matrix import FLOATS, Format, Q8Matrix
-from llama.formats.promptstitch import stored_table
+from llama.formats.promptstitch import stored_table, table_rows
 from llama.heap import trim_heap
 from llama.linear import DenseLinear, Linear
 from llama.model import Block, Llama, RMSNorm
 
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
+ROWS = 4096  # of a table, compared at once
 NEEDLESS = ("rotary_emb.inv_freq", "lm_head.weight")  # written by some, recomputed or (if tied) repeated
 
 
@@ -106,9 +107,22 @@ class Assembly:
     def _refuse_leftovers(self) -> None:
         """Biases of zeros are left over, too: some GPTQ writers add them to models that have none."""
         left = [name for name in self.checkpoint.unused() if not name.endswith(NEEDLESS)]
+        if self.checkpoint.config.tied and f"{HEAD}.weight" in self.checkpoint.unused():
+            self._check_tied()
         left = [n for n in left if not n.endswith(".bias") or bool(self.checkpoint.tensor(n).count_nonzero())]
         if left:
             more = f" and {len(left) - 5} more" if len(left) > 5 else ""
             raise BrokenCheckpoint(
                 f"{self.checkpoint.directory} holds tensors that are no part of this model: {', '.join(left[:5])}{more}"
             )
+
+    def _check_tied(self) -> None:
+        """A head that is stored beside the embedding must be it: transformers serves it where it is not."""
+        table, head = stored_table(self.checkpoint, EMBEDDING), self.checkpoint.tensor(f"{HEAD}.weight")
+        for start in range(0, len(head), ROWS):
+            rows = head[start : start + ROWS].float()
+            if not torch.equal(table_rows(table, start, start + len(rows)), rows):
+                raise BrokenCheckpoint(
+                    f"{self.checkpoint.directory}: config.json ties the head to the embedding, but {HEAD}.weight holds "
+                    "other values; set tie_word_embeddings to false to serve them"
+                )

@@ -5,6 +5,7 @@ Everything after this module works with the frozen LlamaConfig. Knows no tensors
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -133,8 +134,11 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
         raise UnsupportedModel(f"rope_type is {kind!r}; supported: {', '.join(ROPE_TYPES)}")
     if float(fields.get("partial_rotary_factor", raw.get("partial_rotary_factor")) or 1.0) != 1.0:
         raise UnsupportedModel("partial_rotary_factor other than 1 is not supported")
+    theta = float(fields["rope_theta"])
+    if not 0 < theta < math.inf or (kind == "yarn" and theta == 1):
+        raise BrokenCheckpoint(f"config.json: rope_theta is {theta:g}; it must be above 0, and of yarn not 1")
     if kind == "default":
-        return RopeConfig(theta=float(fields["rope_theta"]))
+        return RopeConfig(theta)
     optional = (
         "low_freq_factor",
         "high_freq_factor",
@@ -144,11 +148,22 @@ def _rope(raw: Mapping[str, Any]) -> RopeConfig:
         "mscale",
         "mscale_all_dim",
     )
-    return RopeConfig(
-        theta=float(fields["rope_theta"]),
+    over_length = kind in ("llama3", "yarn")  # others do not look at it
+    original = int(fields.get("original_max_position_embeddings") or _max_len(raw))
+    rope = RopeConfig(
+        theta,
         kind=kind,
         factor=float(fields["factor"]),
-        original_max_len=int(fields.get("original_max_position_embeddings") or _max_len(raw)),
+        original_max_len=original if over_length else 0,
         truncate=bool(fields.get("truncate", True)),
         **{name: float(fields[name]) for name in optional if fields.get(name) is not None},
     )
+    low, high = rope.low_freq_factor, rope.high_freq_factor
+    wrong = {
+        "factor": not 0 < rope.factor < math.inf,
+        "original_max_position_embeddings": over_length and original < 1,
+        "low_freq_factor, high_freq_factor": kind == "llama3" and not 0 < low < high < math.inf,
+    }
+    if names := [name for name, is_wrong in wrong.items() if is_wrong]:
+        raise BrokenCheckpoint(f"config.json: {names[0]} of rope_type {kind} is missing or cannot be: {dict(fields)}")
+    return rope

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader
 from huggingface_hub import save_torch_state_dict
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -17,18 +18,44 @@ from llama.config import LlamaConfig
 from llama.errors import UnsupportedModel
 
 TIED_HEAD = "lm_head.weight"
+# What a file must hold, in llama.cpp's names; and the head, where it is not the embedding.
+TENSORS = ("token_embd", "output_norm")
+OF_BLOCK = ("attn_norm", "attn_q", "attn_k", "attn_v", "attn_output", "ffn_norm", "ffn_gate", "ffn_up", "ffn_down")
+HEAD = "output.weight"
+
+
+def _check(source: Path) -> None:
+    """The reader makes up what is missing and passes over what it does not know. Raises UnsupportedModel."""
+    try:
+        reader = GGUFReader(source)
+        family = reader.fields["general.architecture"].contents()
+        blocks = int(reader.fields[f"{family}.block_count"].contents())
+        scaling = reader.fields.get(f"{family}.rope.scaling.type")
+        kind = "none" if scaling is None else str(scaling.contents())
+        found = {tensor.name for tensor in reader.tensors}
+    except Exception as error:  # a broken file
+        raise UnsupportedModel(f"{source} is not a GGUF file that can be read: {error}") from error
+    wanted = {f"{name}.weight" for name in TENSORS}
+    wanted |= {f"blk.{index}.{name}.weight" for index in range(blocks) for name in OF_BLOCK}
+    if missing := sorted(wanted - found):
+        raise UnsupportedModel(f"{source} lacks {missing[0]}, and {len(missing) - 1} tensors more of {family}")
+    lost = sorted(found - wanted - {HEAD})
+    if kind != "none" or lost:  # rope_freqs.weight is how llama3 scales positions
+        what = f"positions scaled by {kind}" if kind != "none" else lost[0]
+        raise UnsupportedModel(f"{source} has {what}, which its conversion would lose; pull the model's own repository")
 
 
 def convert(source: Path, target: Path) -> None:
     """Write config, fp32 safetensors, tokenizer and generation config of the GGUF `source` into the folder `target`.
 
-    Raises UnsupportedModel if the file is no LLaMA.
+    Raises UnsupportedModel if the file is no LLaMA, or one that would be read as another than it is.
     """
+    _check(source)
     where = {"gguf_file": source.name, "local_files_only": True, "trust_remote_code": False}
     try:
         model = AutoModelForCausalLM.from_pretrained(source.parent, dtype=torch.float32, **where)
         tokenizer = AutoTokenizer.from_pretrained(source.parent, **where)
-    except (OSError, ValueError, KeyError, NotImplementedError) as error:
+    except Exception as error:  # whatever a broken file does to the reader
         raise UnsupportedModel(f"{source} is not a GGUF file of a LLaMA that transformers reads: {error}") from error
     config = model.config.to_diff_dict()
     for inner in ("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"):

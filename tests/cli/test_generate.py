@@ -106,3 +106,25 @@ def test_the_embedded_model_answers_behind_its_shipped_prompt(answer, tmp_path):
     assert (told["prompt"]["level"], told["usage"]["soft_tokens"]) == ("w3g64", 32)
     assert " " in told["text"]
     assert told["text"].isascii()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--stop", ""), "--stop"),
+        ((*(("--stop", "x") * 17),), "--stop"),
+        (("--top-p", 0), "--top-p"),
+        (("--seed", 10**20), "--seed"),
+        (("--resolution", "exact"), "--resolution is of use with --task only"),
+    ],
+)
+def test_bounds_are_those_of_a_server(cli, local, options, message):
+    refused = cli("generate", "Hello", *options, *local)
+    assert refused.exit_code == 2
+    assert message in refused.stderr
+
+
+def test_text_that_is_no_utf_8_is_refused(cli, local):
+    for refused in (cli("generate", "-", *local, input=b"caf\xe9"), cli("generate", "\udcff", *local)):
+        assert refused.exit_code == 2
+        assert "the text is not UTF-8" in refused.stderr

@@ -206,3 +206,24 @@ def test_an_alias_may_require_a_gain_of_what_a_server_serves(answer, cli, prompt
     refused = cli("prompts", "alias", "haiku@1", "best", "--require-gain", "--store", tmp_path / "store")
     assert refused.exit_code == 2
     assert "--url" in refused.stderr
+
+
+def test_an_alias_of_another_base_goes_and_no_other(answer, prompt, tmp_path):
+    """A server took away the alias of the base that it serves, and the answer told of the other one."""
+    other = "sha256:" + "e" * 64
+
+    def two_bases(store: PromptStore) -> None:
+        for base in ({}, {"base": other}):
+            version, _ = store.push(prompt_file(1, **base), "haiku")
+            store.aliases.put("haiku", "best", version.version)
+
+    with serving(tmp_path / "store", prepare=two_bases) as served:
+        told = answer("prompts", "rm", "haiku:best", "--base", other, "--url", served.url)
+        assert (told["base"], told["deleted"]) == (other, True)
+        assert [alias.base == other for alias in served.store.aliases.list("haiku").items] == [False]
+
+
+def test_a_key_of_other_letters_is_a_usage_error(cli):
+    refused = cli("prompts", "list", "--url", "http://127.0.0.1:1", "--key", "k\u00e9y")
+    assert refused.exit_code == 2
+    assert "--key" in refused.stderr

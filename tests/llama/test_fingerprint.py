@@ -181,3 +181,15 @@ def test_a_torn_shard_is_named(make_checkpoint):
     (folder / "model.safetensors").write_bytes(data[:-10])
     with pytest.raises(BrokenCheckpoint, match="torn"):
         weights_digest(folder)
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic"])
+def test_base_of_stretched_positions_does_not_follow_the_context(make_checkpoint, kind):
+    rope = {"rope_type": kind, "rope_theta": 10000.0, "factor": 2.0}
+    digests = {
+        base_digest(
+            make_checkpoint(f"{kind}{length}", config={"max_position_embeddings": length, "rope_parameters": rope})
+        )
+        for length in (256, 512)
+    }
+    assert len(digests) == 1

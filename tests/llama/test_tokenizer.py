@@ -200,3 +200,20 @@ def test_bytes_of_the_embedded_vocabulary_are_what_it_decodes(embedded):
     assert b"".join(map(tokenizer.token_bytes, ids)).decode() == tokenizer.decode(ids) == text
     ordinary = [i for i in range(0, 49152, 7) if i not in tokenizer.special_token_ids]
     assert b"".join(map(tokenizer.token_bytes, ordinary)).decode(errors="replace") == tokenizer.decode(ordinary)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("tokenizer.json", '{"model": {"type": "Nope"}}'),
+        ("tokenizer_config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": '),
+        ("generation_config.json", "[]"),
+        ("generation_config.json", '{"eos_token_id": "x"}'),
+    ],
+)
+def test_broken_files_are_named(make_checkpoint, name, text):
+    folder = make_checkpoint("broken")
+    (folder / name).write_text(text)
+    with pytest.raises(BrokenCheckpoint):
+        HubTokenizer(folder)
