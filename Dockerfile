@@ -5,7 +5,8 @@
 #   docker build --target cuda -t promptstitch:cuda .
 #
 # They differ in the build of PyTorch alone; its CUDA build brings CUDA with it and needs only the host's driver.
-# `--build-arg MODEL=smollm2-135m` bakes a model in; without, the first start pulls the embedded one into /data.
+# `--build-arg MODEL=smollm2-135m --build-arg LEVEL=w3g64` bakes a model in, and says at which level it is served; without,
+# the first start pulls the embedded one into /data and serves it at that level.
 # Runs as any UID, with a read-only root and no capabilities: everything that is written lies under /data.
 
 ARG PYTHON=3.12-slim-bookworm
@@ -60,11 +61,15 @@ ENTRYPOINT ["promptstitch"]
 CMD ["serve"]
 
 FROM runtime AS cuda
+# Triton builds its driver's module when it starts.
+# hadolint ignore=DL3008
+RUN apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*
 COPY --from=torch-cuda /opt/promptstitch /opt/promptstitch
 RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-cache-dir --no-deps /wheels/*.whl
 ARG MODEL=
 RUN if [ -n "$MODEL" ]; then HOME=/tmp TMPDIR=/tmp promptstitch pull "$MODEL" --to "/models/$MODEL" && chmod -R a+rX /models; fi
-ENV PROMPTSTITCH_MODEL=${MODEL:+/models/$MODEL} NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
+ARG LEVEL=
+ENV PROMPTSTITCH_MODEL=${MODEL:+/models/$MODEL} PROMPTSTITCH_LEVEL=$LEVEL NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:0
 
 FROM runtime AS cpu
@@ -72,5 +77,6 @@ COPY --from=torch-cpu /opt/promptstitch /opt/promptstitch
 RUN --mount=from=wheel,source=/wheels,target=/wheels pip install --no-cache-dir --no-deps /wheels/*.whl
 ARG MODEL=
 RUN if [ -n "$MODEL" ]; then HOME=/tmp TMPDIR=/tmp promptstitch pull "$MODEL" --to "/models/$MODEL" && chmod -R a+rX /models; fi
-ENV PROMPTSTITCH_MODEL=${MODEL:+/models/$MODEL}
+ARG LEVEL=
+ENV PROMPTSTITCH_MODEL=${MODEL:+/models/$MODEL} PROMPTSTITCH_LEVEL=$LEVEL
 USER 10001:0

@@ -106,7 +106,7 @@ def _metavar(kind: Any) -> str:
         return "|".join(get_args(kind))
     if get_origin(kind) is tuple:
         return "FILE" if get_args(kind)[0] is Path else "NAME"
-    return {"int": "N", "float": "SECONDS", "Path": "DIR", "ByteSize": "BYTES"}.get(kind.__name__, "TEXT")
+    return {"int": "N", "float": "NUMBER", "Path": "DIR", "ByteSize": "BYTES"}.get(kind.__name__, "TEXT")
 
 
 def _default(field: FieldInfo) -> str:

@@ -79,11 +79,9 @@ class ApiKeys(Repository):
             return _key(row)
 
     def any(self) -> bool:
-        """Whether a live key exists, of whatever namespace."""
+        """Whether a key was ever made, in whatever namespace: revoking the last one must not open the doors."""
         with self.database.read() as session:
-            return (
-                session.scalars(select(ApiKeyRow.id).where(ApiKeyRow.revoked_at.is_(None)).limit(1)).first() is not None
-            )
+            return session.scalars(select(ApiKeyRow.id).limit(1)).first() is not None
 
     @property
     def _log(self) -> AuditLog:

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from fastapi import Request
 
@@ -24,6 +25,7 @@ logger = logging.getLogger("promptstitch.server")
 
 Access = Scope | Literal["public"]
 SCOPE_KEY = "x-scope"  # where a route names its scope, in its OpenAPI operation
+SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 PUBLIC = frozenset({"/livez", "/readyz", "/startupz", "/health"})
 
 
@@ -76,6 +78,9 @@ async def authorise(request: Request) -> Caller:
             raise ApiError(403, "insufficient_scope", f"this key does not have the scope {scope}")
         exchange_of(request.scope).key_id = key.id
         caller = Caller(key.id, key.namespace, _actor(request, key.id))
+    elif request.method not in SAFE and _from_elsewhere(request.headers):
+        message = "while no API key exists, no page of another site may change anything here; make a key for it"
+        raise ApiError(403, "cross_site_request", message, param="Origin")
     request.scope["state"]["caller"] = caller
     _check_query(request, route)
     return caller
@@ -105,6 +110,15 @@ async def _key(request: Request) -> ApiKey:
         message = "this key is not valid" if given else "give an API key: Authorization: Bearer ps_…"
         raise ApiError(401, "invalid_api_key", message, headers={"WWW-Authenticate": "Bearer"})
     return key
+
+
+def _from_elsewhere(headers: Mapping[str, str]) -> bool:
+    """Whether a browser sent this for a page of another origin. It lets a page send what a form could without asking
+    first, uploads among them."""
+    site, origin = headers.get("sec-fetch-site"), headers.get("origin")
+    if site is not None:
+        return site not in ("same-origin", "none")
+    return origin is not None and urlsplit(origin).netloc != headers.get("host")
 
 
 def _actor(request: Request, name: str) -> Actor:

@@ -1,6 +1,6 @@
 """One process that serves: socket, signals, exit code. The first SIGTERM drains, the second ends at once.
 
-Exit codes: 0 after draining, 1 if the model could not be loaded, 2 if the settings do not hold.
+Exit codes: 0 after draining, 1 if the model could not be loaded or the port is taken, 2 if the settings do not hold.
 """
 
 from __future__ import annotations
@@ -59,9 +59,9 @@ def serve(
         return 2
     server = Server(uvicorn_config(app, settings), app.state.host, on_ready)
     try:
-        server.run()
-    except SystemExit as error:  # uvicorn's way to say that it could not start: the port is taken
-        return int(error.code or 1) if isinstance(error.code, int) else 1
+        server.run([server.config.bind_socket()])  # before the model is loaded
+    except SystemExit:  # uvicorn's way to say that it could not start: the port is taken
+        return 1
     if app.state.host.abandoned:
         _exit_over_loader()
     return 1 if failures else 0

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -26,6 +27,7 @@ from prompts_store.errors import BadLevel
 from prompts_store.level import parse_level
 
 PREFIX = "PROMPTSTITCH_"
+_SERVICE = re.compile(PREFIX + r"(SERVICE_.*|PORT_\d+_.*)")
 # Variables of the same prefix that belong to the command line, to the lab and to the tests.
 FOREIGN = frozenset(PREFIX + name for name in ("CONFIG", "URL", "API_KEY", "DATA_ROOT", "FULL"))
 
@@ -122,7 +124,8 @@ class Settings(BaseSettings):
     port: int = Field(8000, ge=0, le=65_535, description="0 takes a free one")
     insecure: bool = Field(False, description="allow another host than loopback without an API key")
     allowed_hosts: Names = Field(
-        (), description="Host names to answer to; empty: loopback's own without keys, else any"
+        (),
+        description="Host names to answer to; empty: loopback's own where it is the host and no key exists, else any",
     )
     docs: bool = Field(True, description="serve /docs and /openapi.json")
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="of the log on stderr")
@@ -169,7 +172,10 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
             dotenv_settings: PydanticBaseSettingsSource,
             file_secret_settings: PydanticBaseSettingsSource,
         ) -> tuple[PydanticBaseSettingsSource, ...]:
-            return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, config)
+            def environment() -> dict[str, Any]:
+                return {name: value for name, value in env_settings().items() if not _of_a_service(str(value))}
+
+            return init_settings, environment, TomlConfigSettingsSource(settings_cls, config)  # type: ignore[return-value]
 
     given = {name: value for name, value in flags.items() if value is not None}
     try:
@@ -185,7 +191,16 @@ def load_settings(config: Path | None = None, **flags: Any) -> Settings:
 
 def _known_variable(name: str) -> bool:
     upper = name.upper()
-    return upper in FOREIGN or upper.removeprefix(PREFIX).lower() in Settings.model_fields
+    return (
+        upper in FOREIGN
+        or _SERVICE.fullmatch(upper) is not None
+        or upper.removeprefix(PREFIX).lower() in Settings.model_fields
+    )
+
+
+def _of_a_service(value: str) -> bool:
+    """Kubernetes tells every container of a service of this name where it is, in variables that look like ours."""
+    return value.startswith("tcp://")
 
 
 def _fault(location: tuple[int | str, ...], kind: str, message: str) -> str:

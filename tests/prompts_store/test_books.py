@@ -52,7 +52,7 @@ def test_a_revoked_key_is_nothing(store):
             store.keys.revoke(wrong)
     assert [item.revoked_at is None for item in store.keys.list().items] == [False, True]
     store.keys.revoke(other.id)
-    assert not store.keys.any()
+    assert store.keys.any()  # a server that is started now stays closed
 
 
 @pytest.mark.parametrize(

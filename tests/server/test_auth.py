@@ -6,9 +6,10 @@ import threading
 
 import pytest
 from fastapi.routing import iter_route_contexts
-from support.served import serving, stock, until
+from support.served import prompt_bytes, serving, stock, until
 
 from prompts_store.records import SCOPES
+from prompts_store.store import PromptStore
 from server.auth import PUBLIC, check_exposure, scope_of
 from server.openapi import routes_of
 from server.settings import Settings, SettingsError
@@ -228,3 +229,35 @@ def test_a_key_has_so_many_requests_at_once(tmp_path):
         for thread in waiting:
             thread.join()
         assert served.client.post("/v1/generate", json=body).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("headers", "let_in"),
+    [
+        ({}, True),
+        ({"Sec-Fetch-Site": "same-origin"}, True),
+        ({"Sec-Fetch-Site": "none"}, True),
+        ({"Sec-Fetch-Site": "cross-site", "Sec-Fetch-Mode": "no-cors"}, False),
+        ({"Sec-Fetch-Site": "same-site"}, False),
+        ({"Origin": "https://evil.example"}, False),
+        ({"Origin": "null"}, False),
+        ({"Origin": "OWN"}, True),
+    ],
+)
+def test_without_keys_a_page_of_another_site_changes_nothing(tmp_path, headers, let_in):
+    """Uploads take no preflight: any page could put a prompt in the place of another."""
+    with serving(tmp_path) as served:
+        given = {name: served.url if value == "OWN" else value for name, value in headers.items()}
+        path = "/v1/prompts/haiku/versions"
+        answer = served.client.post(path, content=prompt_bytes(1), headers={**given, "Content-Type": ""})
+        assert answer.status_code == (201 if let_in else 403)
+        assert let_in or answer.json()["error"]["code"] == "cross_site_request"
+        assert served.client.get("/v1/prompts", headers=given).status_code == 200
+
+
+def test_revoking_the_last_key_opens_no_door_even_after_a_restart(tmp_path):
+    with PromptStore.open(tmp_path) as store:
+        key, _ = store.keys.create("ops", ["admin"])
+        store.keys.revoke(key.id)
+    with serving(tmp_path, wait=False) as served:
+        assert served.client.get("/v1/prompts").status_code == 401

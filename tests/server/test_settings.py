@@ -97,3 +97,18 @@ def test_sizes_and_lists_are_understood(monkeypatch, tmp_path):
 def test_frozen():
     with pytest.raises(ValueError, match="frozen"):
         Settings().port = 1
+
+
+def test_variables_of_a_kubernetes_service_of_our_name_are_no_settings(monkeypatch):
+    for name, value in {
+        "SERVICE_HOST": "10.0.0.1",
+        "SERVICE_PORT": "8000",
+        "SERVICE_PORT_HTTP": "8000",
+        "PORT": "tcp://10.0.0.1:8000",
+        "PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "PORT_8000_TCP_PROTO": "tcp",
+    }.items():
+        monkeypatch.setenv(f"PROMPTSTITCH_{name}", value)
+    assert load_settings().port == 8000
+    monkeypatch.setenv("PROMPTSTITCH_PORT", "9000")
+    assert load_settings().port == 9000
