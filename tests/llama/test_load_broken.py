@@ -103,28 +103,6 @@ def test_a_head_that_is_tied_and_is_another_is_refused(dense, level):
     refused(dense, BrokenCheckpoint, "tie_word_embeddings", **({"level": level} if level else {}))
 
 
-ROPES = {
-    "theta": ({"rope_type": "default", "rope_theta": 0}, "rope_theta is 0"),
-    "nan": ({"rope_type": "default", "rope_theta": float("nan")}, "rope_theta is nan"),
-    "factor": ({"rope_type": "linear", "rope_theta": 1e4, "factor": 0}, "factor of rope_type linear"),
-    "llama3": ({"rope_type": "llama3", "rope_theta": 1e4, "factor": 8}, "low_freq_factor, high_freq_factor"),
-    "equal": (
-        {"rope_type": "llama3", "rope_theta": 1e4, "factor": 8, "low_freq_factor": 2, "high_freq_factor": 2},
-        "low_freq_factor, high_freq_factor",
-    ),
-    "yarn": ({"rope_type": "yarn", "rope_theta": 1, "factor": 2}, "of yarn not 1"),
-}
-
-
-@pytest.mark.parametrize("name", ROPES)
-def test_positions_that_cannot_be_turned(dense, name):
-    """Divisions by zero, and models that answered nothing finite."""
-    rope, message = ROPES[name]
-    raw = json.loads((dense / "config.json").read_text())
-    (dense / "config.json").write_text(json.dumps({**raw, "rope_parameters": rope}))
-    refused(dense, BrokenCheckpoint, message)
-
-
 def test_a_bias_that_says_something_is_left_over(dense):
     change(dense, **{f"{UP}.bias": torch.ones(192)})
     refused(dense, BrokenCheckpoint, f"{UP}.bias")

@@ -1,6 +1,5 @@
 """The prompt file: what is read bit for bit, what is written canonically, and all that is refused."""
 
-import errno
 import io
 import json
 import pickle
@@ -348,19 +347,3 @@ def test_what_could_not_be_read_cannot_be_made(rows):
             Provenance(**wrong)
     with pytest.raises(InvalidArtifact):
         PromptFile(rows(1, base="llama"))
-
-
-def test_a_file_that_does_not_fit_leaves_the_one_that_is_there(rows, tmp_path, monkeypatch):
-    place = tmp_path / "p.safetensors"
-    write_prompt(place, PromptFile(rows()))
-    before = place.read_bytes()
-
-    def full(self, data):
-        self.write_text("half")
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(OSError, match=r"No space left on device: .*p\.safetensors"):
-        write_prompt(place, PromptFile(rows()))
-    assert place.read_bytes() == before
-    assert [each.name for each in tmp_path.iterdir()] == ["p.safetensors"]

@@ -4,7 +4,6 @@ from dataclasses import replace
 
 import pytest
 
-from prompts_store.blobs import LocalBlobs
 from prompts_store.errors import (
     BadLevel,
     BadReference,
@@ -334,18 +333,3 @@ def test_the_audit_log_tells_who_changed_what(store, rows):
     assert {(entry.actor, entry.request_id, entry.address) for entry in entries} == {("key_ann", "req-7", "192.0.2.1")}
     assert entries[0].subject == "general@1"
     assert entries[2].subject == f"general:default s50 {rows().base}"
-
-
-def test_a_delete_between_finding_and_reading_is_no_damage(store, rows, monkeypatch):
-    """It was told as stored bytes that are missing, and counted as a failure of integrity."""
-    version, _ = store.push(PromptFile(rows(1)), "haiku", "w4g64")
-    get = LocalBlobs.get
-
-    def late(self, digest):
-        store.delete("haiku", version.version)
-        return get(self, digest)
-
-    monkeypatch.setattr(LocalBlobs, "get", late)
-    with pytest.raises(Gone):
-        store.load(version.digest)
-    assert store.stats().integrity_failures == 0

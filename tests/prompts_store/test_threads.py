@@ -3,7 +3,10 @@
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-from prompts_store.errors import PreconditionFailed
+import pytest
+
+from prompts_store.blobs import LocalBlobs
+from prompts_store.errors import Gone, PreconditionFailed
 from prompts_store.file import PromptFile
 
 
@@ -63,3 +66,18 @@ def test_pushes_and_deletes_at_once_lose_no_bytes(store, rows, blob_files):
     assert store.load(rows(1).digest) == rows(1)
     assert len(blob_files()) == 1
     assert [task.latest for task in store.versions.tasks().items] == [16] * 4
+
+
+def test_a_delete_between_finding_and_reading_is_no_damage(store, rows, monkeypatch):
+    """It was told as stored bytes that are missing, and counted as a failure of integrity."""
+    version, _ = store.push(PromptFile(rows(1)), "haiku", "w4g64")
+    get = LocalBlobs.get
+
+    def late(self, digest):
+        store.delete("haiku", version.version)
+        return get(self, digest)
+
+    monkeypatch.setattr(LocalBlobs, "get", late)
+    with pytest.raises(Gone):
+        store.load(version.digest)
+    assert store.stats().integrity_failures == 0

@@ -4,7 +4,7 @@ import json
 
 import pytest
 from support.fake_engine import WEIGHTS, expected_token
-from support.served import serving, soft_prompt
+from support.served import soft_prompt
 
 from server.schemas.chat import ChatAnswer
 from server.schemas.completions import CompletionAnswer
@@ -116,15 +116,6 @@ def test_offsets_count_characters_that_are_spread_over_tokens_once(served):
     assert told["logprobs"]["text_offset"] == [0, 0, 0, 1, 1, 2, 3, 4, 5]
     pieces = [chunk["choices"][0]["logprobs"] for chunk in chunks(served, "/v1/completions", **asked)]
     assert [at for piece in pieces if piece for at in piece["text_offset"]] == told["logprobs"]["text_offset"]
-
-
-def test_more_texts_than_may_wait_are_refused_for_good(tmp_path):
-    """On an idle server it was told to try again in a second, again and again."""
-    with serving(tmp_path, max_queue=3) as small:
-        answer = small.client.post("/v1/completions", json={"model": "tiny", "prompt": ["a"] * 4})
-        assert answer.status_code == 400
-        assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == ("too_many_texts", "/prompt")
-        assert small.client.post("/v1/completions", json={"model": "tiny", "prompt": ["a"] * 3}).status_code == 200
 
 
 def test_a_text_can_be_scored_alone(served):

@@ -260,3 +260,12 @@ def test_who_takes_nothing_of_an_answer_is_cut_off(tmp_path, monkeypatch):
                 time.sleep(0.003)
         assert time.monotonic() - began > 1  # longer than anyone may take nothing
         assert slow.endswith(large[-4096:])
+
+
+def test_more_texts_than_may_wait_are_refused_for_good(tmp_path):
+    """On an idle server it was told to try again in a second, again and again."""
+    with serving(tmp_path, max_queue=3) as small:
+        answer = small.client.post("/v1/completions", json={"model": "tiny", "prompt": ["a"] * 4})
+        assert answer.status_code == 400
+        assert (answer.json()["error"]["code"], answer.json()["error"]["param"]) == ("too_many_texts", "/prompt")
+        assert small.client.post("/v1/completions", json={"model": "tiny", "prompt": ["a"] * 3}).status_code == 200
