@@ -121,7 +121,9 @@ TABLE: dict[str, Row] = {
     "query require": Row(codes=("gain_not_shown", "precondition_required"), good=("gain",)),
     "query after": Row(codes=(VALUE, "invalid_reference")),
     "query level": Row(codes=("invalid_level", "alias_not_found", "precondition_required"), good=("w4g128", "nf4")),
-    "query base": Row(codes=("alias_not_found", "precondition_required"), good=(DIGEST,), bad=(DIGEST.upper(), DIGEST + "0")),
+    "query base": Row(
+        codes=("alias_not_found", "precondition_required"), good=(DIGEST,), bad=(DIGEST.upper(), DIGEST + "0")
+    ),
     "query bos": Row(codes=("bos_mismatch",), good=("none", "after_prompt", "tokenizer")),
     "header idempotency-key": Row(codes=("idempotency_key_reused",), good=("k" * 255,), bad=("k" * 256,)),
     "header content-digest": Row(codes=(VALUE,)),
