@@ -114,7 +114,7 @@ def main(
 ) -> None:
     """Serve until told to stop."""
     torch.set_num_threads(os.cpu_count() or 1)
-    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).eval()
+    loaded = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16)
     rows = {file.stem: load_file(file)["prompt_embeddings"] for file in sorted(prompts.glob("*.safetensors"))}
     app = create_app(load_tokenizer(checkpoint), model, rows, ENGINES[mode](loaded, rows, batch))
     uvicorn.run(app, port=port, log_level="warning")

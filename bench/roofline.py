@@ -81,7 +81,7 @@ def random_model(config: LlamaConfig, packed: bool, device: torch.device) -> Lla
         for i in range(config.num_layers)
     ]  # fmt: skip
     table = torch.randn(config.vocab_size, hidden, dtype=torch.bfloat16, device=device)
-    return Llama(config, DenseEmbedding(table), blocks, norm(), dense(config.vocab_size, hidden)).eval()
+    return Llama(config, DenseEmbedding(table), blocks, norm(), dense(config.vocab_size, hidden))
 
 
 @dataclass(frozen=True, slots=True)

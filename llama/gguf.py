@@ -38,7 +38,7 @@ def _check(source: Path) -> None:
     wanted = {f"{name}.weight" for name in TENSORS}
     wanted |= {f"blk.{index}.{name}.weight" for index in range(blocks) for name in OF_BLOCK}
     if missing := sorted(wanted - found):
-        raise UnsupportedModel(f"{source} lacks {missing[0]}, and {len(missing) - 1} tensors more of {family}")
+        raise UnsupportedModel(f"{source} lacks {missing[0]}, of {len(missing)} tensors of a LLaMA that are missing")
     lost = sorted(found - wanted - {HEAD})
     if kind != "none" or lost:  # rope_freqs.weight is how llama3 scales positions
         what = f"positions scaled by {kind}" if kind != "none" else lost[0]

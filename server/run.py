@@ -60,7 +60,9 @@ def serve(
     server = Server(uvicorn_config(app, settings), app.state.host, on_ready)
     try:
         server.run([server.config.bind_socket()])  # before the model is loaded
-    except SystemExit:  # uvicorn's way to say that it could not start: the port is taken
+    except SystemExit:  # uvicorn's way to say that it could not start; it has logged why
+        where = f"port: cannot listen on {settings.host}:{settings.port}; choose another, or stop what listens there"
+        print(where, file=sys.stderr)  # noqa: T201 - the answer to whoever typed the command
         return 1
     if app.state.host.abandoned:
         _exit_over_loader()

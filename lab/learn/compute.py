@@ -71,7 +71,7 @@ def for_learning(model: Llama, compute: str) -> Llama:
     embedding, head = model.embedding.dense().detach().to(dtype), plain(model.head)
     if isinstance(head, DenseLinear) and head.weight is not None and torch.equal(head.weight, embedding):
         head = DenseLinear(embedding)
-    return Llama(model.config, DenseEmbedding(embedding), blocks, norm(model.norm), head).eval()
+    return Llama(model.config, DenseEmbedding(embedding), blocks, norm(model.norm), head)
 
 
 def _bias(layer: Linear) -> Tensor | None:
@@ -96,7 +96,7 @@ def recomputing(model: Llama) -> Llama:
     """The same model, whose blocks keep only their input and are computed again on the way back."""
     twin = Llama(model.config, model.embedding, [], model.norm, model.head)
     twin.blocks = nn.ModuleList(_Recomputed(block) for block in blocks_of(model))
-    return twin.eval()
+    return twin
 
 
 class _Recomputed(nn.Module):

@@ -58,7 +58,7 @@ class AdaptedForm:
 
     def __init__(self, twin: Llama, now: dict[str, Tensor], recompute: bool) -> None:
         self._now = now
-        self._model = recomputing(twin.eval()) if recompute else twin.eval()
+        self._model = recomputing(twin) if recompute else twin
 
     def hidden(self, tensors: Tensors, ids: Tensor, n: int) -> Tensor:
         return hidden_states(self.adapted(tensors), ids)

@@ -231,6 +231,7 @@ def test_a_port_that_is_taken(tmp_path):
         with process(tmp_path / "b", f"port={port}") as second:
             assert second.wait(30) == 1
             until(lambda: "address already in use" in "".join(second.log).lower())
+            until(lambda: f"port: cannot listen on 127.0.0.1:{port}" in "".join(second.log))
 
 
 def test_an_open_host_without_a_key_is_refused(tmp_path):
