@@ -87,12 +87,12 @@ def compress(
     clip = None if scales is None else scales == "fitted"
     plan = planned(Order(find_model(model), out, level, method, clip, sweeps, export, embedding, device, allocation))
     chosen, tokens, digest = plan.recipe.method, None, None
-    if sweeps != SWEEPS and not chosen.solves:
-        raise CommandError(f"--sweeps is of use with the solver only, and {chosen.name} is not it", usage=True)
     reading = {"--data": data, "--data-root": data_root, "--part": part != "calibration"}
     reading |= {"--calibration-tokens": calibration_tokens != TOKENS, "--window": window != WINDOW}
-    if not chosen.calibrated and (odd := [name for name, given in reading.items() if given]):
-        raise CommandError(f"{odd[0]} says what is calibrated on, and {chosen.name} looks at no text", usage=True)
+    idle = {} if chosen.calibrated else reading
+    idle |= {} if chosen.solves else {"--sweeps": sweeps != SWEEPS}
+    if names := [name for name, given in idle.items() if given]:  # the same words serve a loop over methods
+        typer.echo(f"note: {chosen.name} makes no use of {', '.join(names)}", err=True)
     if chosen.calibrated:
         if data is None:
             raise CommandError(f"{chosen.name} calibrates on text: say --data", usage=True)
