@@ -1,9 +1,10 @@
-# Two commands, each enough on a bare machine with Python 3.11+, make and gcc:
+# The first two are each enough on a bare machine with Python 3.11+, make and gcc:
 #
 #   make serve   serve the embedded model on http://127.0.0.1:8000, prompts in store/   (ARGS="--port 9000" adds options)
 #   make test    lint and run all tests
 #   make keep    put what a results page is made of, from the run folders in runs/smollm2, into docs/runs
 #   make race    set up the peers and race against them: a table of claims, exit 1 where one is missed (W=W1,W5: those lines)
+#   make test-all, lint, lock, clean   the full counts; checks alone; new lock files; away with .venv and build
 #   make results write docs/results.md anew from docs/runs   (ORIGINAL=FILE: the model's own file, for its size)
 #
 # TORCH_INDEX_URL=URL takes another build of PyTorch than pip takes by itself (pytorch.org lists them).

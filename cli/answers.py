@@ -20,7 +20,9 @@ Data = Annotated[
         help="Questions: JSON lines with text, prompt or messages, or a name: piqa/questions. Repeat for more.",
     ),
 ]
-Take = Annotated[int | None, typer.Option("--take", min=1, metavar="N", help="So many of each, at random; else all.")]
+Take = Annotated[
+    int | None, typer.Option("--take", min=1, metavar="N", help="Take N questions of each at random; else all.")
+]
 Out = Annotated[Path, typer.Option("--out", metavar="FILE", help="Where the chats go, as JSON lines.")]
 System = Annotated[str | None, typer.Option("--system", help="A system's message before each; else the template's.")]
 MaxTokens = Annotated[
@@ -35,7 +37,9 @@ Seed = Annotated[
 RunFolder = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="Run folder; one cut short goes on. Else OUT.run.")
 ]
-DataRoot = Annotated[Path | None, typer.Option("--data-root", metavar="DIR", help="Looked in for named data.")]
+DataRoot = Annotated[
+    Path | None, typer.Option("--data-root", metavar="DIR", help="Folder to look in first for named data.")
+]
 
 
 @takes_settings(PANELS)

@@ -69,7 +69,7 @@ def bench(
     rate: Rate = None,
     hang_up: HangUp = 0.0,
     max_tokens: Annotated[int | None, typer.Option(help="Of each answer.  [64]")] = None,
-    least_tokens: Annotated[int | None, typer.Option(help="Answers of so many to --max-tokens tokens.")] = None,
+    least_tokens: Annotated[int | None, typer.Option(help="Fewest of an answer; else --max-tokens.")] = None,
     shortest: Annotated[int, typer.Option(help="Tokens of the shortest text.")] = 32,
     longest: Annotated[int, typer.Option(help="Tokens of the longest text.")] = 128,
     zipf: Zipf = 0.0,

@@ -31,7 +31,7 @@ def _option(name: str, metavar: str, text: str, **bounds: Any) -> Any:
 
 Model = Annotated[str, typer.Argument(help="Dense checkpoint: a folder, or a name that was pulled.")]
 Level = Annotated[str, typer.Option("--level", metavar="NAME", help="w4g64, w3g64, w8, s50, s2of4, w4g64-s50, …")]
-Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Where to; nothing may stand there.")]
+Out = Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder to write, which must be new or empty.")]
 MethodName = Annotated[
     str | None, typer.Option("--method", metavar="NAME", help="gptq, rtn; sparse: sparsegpt, wanda, magnitude.")
 ]

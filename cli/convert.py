@@ -1,4 +1,5 @@
-"""The commands of `promptstitch prompts` that make prompts out of other things: a text, a PEFT adapter, and back."""
+"""The commands of `promptstitch prompts` that make prompts out of other things: a text, a PEFT adapter (and back), a
+checkpoint of the paper's code."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import typer
 from cli.options import Config, Key, Store, Url
 from cli.output import AsJson, CommandError, tell, words_of
 from cli.prompts import Binding, Bos, Level, OnlyBase, OnlyLevel, TaskName, check_free, tell_pushed
-from cli.registry import Source, open_registry, pick
+from cli.registry import Registry, Source, open_registry, pick
 
 if TYPE_CHECKING:
     from prompts_store.file import PromptFile
@@ -43,18 +44,13 @@ def from_text(
         raise CommandError("say --task to push it to a registry, or --out to write a file", usage=True)
     from cli.model import find_model
     from cli.written import written_prompt
-    from prompts_store.file import write_prompt
 
     words = words_of(text)
     folder = find_model(model)
     if out is not None:
         return _save(written_prompt(words, folder, task, level), out, force, as_json)
-    with open_registry(url, key, store, config, model) as registry, tempfile.TemporaryDirectory() as scratch:
-        level = level or registry.served_level()
-        file = Path(scratch) / "prompt.safetensors"
-        write_prompt(file, written_prompt(words, folder, task, level))
-        assert task is not None
-        return tell_pushed(registry.push(Source(file), task, None, None), as_json)
+    with open_registry(url, key, store, config, model) as registry:
+        return _push(written_prompt(words, folder, task, level or registry.served_level()), registry, as_json)
 
 
 def import_peft(
@@ -72,26 +68,45 @@ def import_peft(
     as_json: AsJson = False,
 ) -> None:
     """Bring in a PEFT adapter: PROMPT_TUNING and P_TUNING bit for bit, PREFIX_TUNING with its rotation undone."""
-    from prompts_store.file import write_prompt
-    from prompts_store.peft import CONFIG_NAME, WEIGHTS_NAME, holds_prefix, read_config
+    from prompts_store.peft import CONFIG_NAME, WEIGHTS_NAME
 
     for name in (CONFIG_NAME, WEIGHTS_NAME):
         if not (directory / name).is_file():
             hint = "; save the adapter with safe_serialization=True" if name == WEIGHTS_NAME else ""
             raise CommandError(f"{directory} holds no {name}{hint}")
-    prefix = holds_prefix(read_config(directory))
-    if prefix and model is None:
-        raise CommandError("PREFIX_TUNING holds keys after RoPE; say --model, the one it was learned on", usage=True)
     if out is not None:
         return _save(_adapter(directory, task, level, bos, model), out, force, as_json)
     if task is None:
         raise CommandError("an adapter names no task; say --task, or --out to write a file", usage=True)
-    with open_registry(url, key, store, config, model) as registry, tempfile.TemporaryDirectory() as scratch:
+    with open_registry(url, key, store, config, model) as registry:
         source = Source(directory / WEIGHTS_NAME, directory / CONFIG_NAME)
-        if prefix:
-            source = Source(Path(scratch) / "prompt.safetensors")
-            write_prompt(source.weights, _adapter(directory, task, level, bos, model))
         return tell_pushed(registry.push(source, task, level, bos), as_json)
+
+
+def import_paper(
+    file: Annotated[Path, typer.Argument(metavar="FILE", exists=True, dir_okay=False, help="best.pth, or its like.")],
+    model: Annotated[str, typer.Option("--model", help="The dense model: a folder, or a name that was pulled.")],
+    level: Annotated[str, typer.Option("--level", help="Level it was learned at: dense, w3g64, …")],
+    task: TaskName = None,
+    bos: Bos = "none",
+    out: Out = None,
+    force: Force = False,
+    url: Url = None,
+    key: Key = None,
+    store: Store = None,
+    config: Config = None,
+    as_json: AsJson = False,
+) -> None:
+    """Bring in a prompt that the paper's code saved (Compress, Then Prompt). Nothing in the file is run."""
+    if out is None and task is None:
+        raise CommandError("say --task to push it to a registry, or --out to write a file", usage=True)
+    from cli.paper import paper_prompt
+
+    made = paper_prompt(file, model, task, level, bos or "none")
+    if out is not None:
+        return _save(made, out, force, as_json)
+    with open_registry(url, key, store, config, model) as registry:
+        return _push(made, registry, as_json)
 
 
 def export_peft(
@@ -133,6 +148,7 @@ def add_to(app: typer.Typer) -> None:
     """The commands of this module."""
     app.command("from-text")(from_text)
     app.command("import-peft")(import_peft)
+    app.command("import-paper")(import_paper)
     app.command("export-peft")(export_peft)
 
 
@@ -167,6 +183,17 @@ def _rotate_for(ref: str, file: PromptFile, model: str | None) -> Turn:
     if (base := limits_of(model).base) != file.prompt.base:
         raise CommandError(f"--model {model} is of base {base}, {ref} belongs to {file.prompt.base}", usage=True)
     return turns(find_model(model))[0]
+
+
+def _push(file: PromptFile, registry: Registry, as_json: bool) -> None:
+    """A file whose provenance names its task."""
+    from prompts_store.file import write_prompt
+
+    assert file.provenance.task is not None
+    with tempfile.TemporaryDirectory() as scratch:
+        source = Source(Path(scratch) / "prompt.safetensors")
+        write_prompt(source.weights, file)
+        tell_pushed(registry.push(source, file.provenance.task, None, None), as_json)
 
 
 def _save(file: PromptFile, out: Path, force: bool, as_json: bool) -> None:

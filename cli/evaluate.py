@@ -56,11 +56,13 @@ DensePrompt = Annotated[
 Controls = Annotated[bool, typer.Option("--controls", help="Score prompts that nobody learned, too.")]
 Prefixes = Annotated[
     int | None,
-    typer.Option("--prefixes", min=0, metavar="K", help="And the best of K real texts, of other parts; 0: not.  [16]"),
+    typer.Option(
+        "--prefixes", min=0, metavar="K", help="Also the best of K real texts from other parts; 0: none.  [16]"
+    ),
 ]
 PrefixText = Annotated[
     str | None,
-    typer.Option("--prefix-text", metavar="FILE|NAME", help="What these are of; else --text, --part report."),
+    typer.Option("--prefix-text", metavar="FILE|NAME", help="Where those texts come from; else --text, --part report."),
 ]
 Tasks = Annotated[str | None, typer.Option("--tasks", metavar="NAMES", help="lm-eval tasks, by commas: boolq,piqa.")]
 Items = Annotated[int, typer.Option("--task-items", min=1, help="Items of each task.")]
@@ -69,7 +71,7 @@ Cache = Annotated[Path | None, typer.Option("--cache", metavar="DIR", help="Keep
 RunFolder = Annotated[
     Path | None, typer.Option("--run", metavar="DIR", help="Keep a run folder; one that was cut short goes on.")
 ]
-Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Of the resamples.")]
+Seed = Annotated[int, typer.Option("--seed", min=0, max=MAX_SEED, help="Seed of the bootstrap's resamples.")]
 
 
 @takes_settings(PANELS, compute="the dtype")

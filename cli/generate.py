@@ -30,7 +30,7 @@ SoftTokens = Annotated[
         rich_help_panel="Prompt",
     ),
 ]
-Chat = Annotated[bool, typer.Option("--chat", help="Ask it as a message, through the chat template.")]
+Chat = Annotated[bool, typer.Option("--chat", help="Send the text as a chat message, through the chat template.")]
 MaxTokens = Annotated[int, typer.Option("--max-tokens", min=1, help="Tokens to generate at most.")]
 Temperature = Annotated[float | None, typer.Option("--temperature", min=0, max=2, help="0 is greedy; else 1.")]
 TopP = Annotated[float | None, typer.Option("--top-p", min=0, max=1, help="Mass of the tokens to choose from.")]

@@ -53,7 +53,7 @@ def revoke(
     config: Config = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key worthless, from now on."""
+    """Revoke a key, effective at once."""
     with open_registry(url, key, store, config) as registry:
         registry.revoke_key(key_id)
     if as_json:

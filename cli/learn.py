@@ -21,9 +21,13 @@ Model = Annotated[str, typer.Argument(help="Checkpoint: a folder, or a name that
 Data = Annotated[
     str, typer.Option("--data", metavar="FILE|NAME", help="To learn from: text, JSON lines, a folder, or a name: c4.")
 ]
-Level = Annotated[str | None, typer.Option("--level", help="Quantise a dense checkpoint so at load, as serve does.")]
+Level = Annotated[
+    str | None, typer.Option("--level", help="Quantise a dense checkpoint to this level while loading, as serve does.")
+]
 Task = Annotated[str | None, typer.Option("--task", help="Task to file the prompt under.")]
-KindName = Annotated[str, typer.Option("--kind", help="rows or kv; lora or norms: controls that leave figures alone.")]
+KindName = Annotated[
+    str, typer.Option("--kind", help="rows or kv; lora and norms are controls: figures and no prompt.")
+]
 RecipeName = Annotated[str, typer.Option("--recipe", metavar="NAME|FILE", help="default, paper, or a TOML file.")]
 Changes = Annotated[
     list[str] | None,
@@ -57,11 +61,15 @@ Cache = Annotated[
 ]
 DataRoot = Annotated[
     Path | None,
-    typer.Option("--data-root", metavar="DIR", help="Looked in for named data.", rich_help_panel=NUMERICS),
+    typer.Option(
+        "--data-root", metavar="DIR", help="Folder to look in first for named data.", rich_help_panel=NUMERICS
+    ),
 ]
 Bos = Annotated[
     str,
-    typer.Option("--bos", help="Layout: tokenizer (as it does), none, after_prompt.", rich_help_panel=NUMERICS),
+    typer.Option(
+        "--bos", help="Where a BOS goes: tokenizer (as it does), none, after_prompt.", rich_help_panel=NUMERICS
+    ),
 ]
 Dtype = Annotated[str, typer.Option("--dtype", help="As it will be served.", rich_help_panel=NUMERICS)]
 Device = Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:<i>.", rich_help_panel=NUMERICS)]
@@ -139,7 +147,8 @@ def _check_words(kind: str, bos: str, out: Path | None) -> None:
         raise CommandError(f"--kind is {kind!r}; it is rows, kv, lora or norms", usage=True)
     if kind in ("lora", "norms") and out is not None:
         raise CommandError(
-            f"--kind {kind} is a control and leaves figures alone; give --run in place of --out", usage=True
+            f"--kind {kind} is a control: it writes figures and no prompt file; give --run in place of --out",
+            usage=True,
         )
     if out is not None and out.is_dir():
         raise CommandError(f"--out {out} is a folder; name a file", usage=True)

@@ -9,6 +9,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from cli.model import find_model
 from cli.output import CommandError
+from cli.prefix import turns
 from cli.registry import Answer, Source, Task
 from llama.load import info
 from prompts_store.aliases import ANY_REVISION
@@ -61,7 +62,8 @@ class LocalRegistry:
             file = read_prompt(source.weights, limits, default_base=limits.base, bos=place)
         else:
             config = source.config.read_bytes()
-            file = read_peft(config, source.weights, limits, default_base=limits.base, bos=place)
+            unrotate = None if self._model is None else turns(find_model(self._model))[1]
+            file = read_peft(config, source.weights, limits, default_base=limits.base, bos=place, unrotate=unrotate)
         version, new = self._store.push(file, task, level)
         return {**_shown(version), "base_bound": file.bound, "new": new}
 

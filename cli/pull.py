@@ -21,7 +21,9 @@ def pull(name: Name, to: To = None, revision: Revision = None, base: Base = "", 
     """Fetch a checkpoint, check it and write its manifest. What is there already stays as it is."""
     from cli.info import describe
     from cli.model import fetch
+    from llama.identity import UNKNOWN_BASE, names_itself
 
     with progress(quiet=as_json) as steps:
         folder = fetch(name, to, steps, revision, base)
-    tell(describe(folder), as_json)
+    notes = [UNKNOWN_BASE] if names_itself(folder) else []
+    tell(describe(folder) | {"notes": notes}, as_json)

@@ -12,7 +12,11 @@ from cli.output import AsJson, CommandError, tell
 
 Runs = Annotated[
     list[Path] | None,
-    typer.Argument(metavar="[RUNS]…", help="Folders with run folders and evaluations below.", show_default="runs/lab"),
+    typer.Argument(
+        metavar="[RUNS]…",
+        help="Folders that hold run folders of recover, matrix, learn, compress, …",
+        show_default="runs/lab",
+    ),
 ]
 Store = Annotated[
     str | None, typer.Option("--store", metavar="DIR", help="Store whose measurements are reported, too.")

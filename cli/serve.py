@@ -68,9 +68,9 @@ Model = Annotated[
 def serve(model: Model = None, config: Config = None, **flags: Any) -> None:
     """Serve a model over HTTP, with the right soft prompt in front of every request.
 
-    Every option is an environment variable, too (--max-running: PROMPTSTITCH_MAX_RUNNING), and a key of the TOML file
-    (max_running); a flag comes before a variable, a variable before the file. Lists are repeated flags, or one
-    variable with commas; sizes may be written 256MiB.
+    Every option can also be set by an environment variable (--max-running: PROMPTSTITCH_MAX_RUNNING) or a key of the
+    TOML file (max_running); a flag comes before a variable, a variable before the file. Lists are repeated flags, or
+    one variable with commas; sizes may be written 256MiB.
     """
     from server.settings import load_settings
 
@@ -120,7 +120,7 @@ def announce(info: EngineInfo, url: str, store: PromptStore) -> None:
     say(f"base     {info.base}")
     say(f"weights  {info.weights}")
     say(f"context  {info.max_model_len} tokens; KV cache: {pages}")
-    say(f"prompts  {stats.versions} of {stats.tasks} tasks")
+    say(f"prompts  {stats.versions} for {stats.tasks} tasks")
     say(f"ready    {url}  (documentation: {url}/docs)")
     say("")
     say(try_it(info, url, store))

@@ -177,8 +177,9 @@ def _samples(order: _Asked, contenders: Sequence[Contender], models: Sequence[Mo
 def _record(registry: Registry | None, cell: Cell) -> None:
     from lab.transfer.prompts import record
 
-    if registry is not None:
-        record(registry, cell.contender, cell.measurement())
+    who = cell.contender
+    if registry is not None and who.task is not None and who.version is not None:
+        record(registry, who.task, who.version, cell.measurement())
 
 
 def _show(run: Path, told: Mapping[str, Any]) -> None:

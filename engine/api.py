@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from engine.request import Event, GenerationRequest
+from prompts_store.prefix_tuning import Turn
 from prompts_store.prompt import Bos, SoftPrompt
 
 Sink = Callable[[Sequence[Event]], None]
@@ -146,6 +147,10 @@ class Engine(Protocol):
 
     def check_prompt(self, prompt: SoftPrompt) -> None:
         """Raise InvalidRequest if this model could not serve the prompt: base, shapes, N, finite in its dtype."""
+
+    @property
+    def unrotate(self) -> Turn:
+        """Takes keys of positions 0 to N-1 as this model's cache holds them to what they were before RoPE."""
 
     def stats(self) -> EngineStats: ...
 

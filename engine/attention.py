@@ -8,7 +8,6 @@ tested against. Tensors in, tensors out: knows no requests.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,9 +20,13 @@ from torch import Tensor
 from engine.device import sent
 from engine.pages import BLANK_PAGE
 from llama.config import LlamaConfig
+from llama.jit import compiles
 from llama.model import Attend
 from llama.native import LANES, Kernels, kernels
+from llama.sdpa import attention
 from llama.step import Pages
+
+STRETCH = 256  # positions that one program of `engine.paged` looks at
 
 # (q, keys, values, tables, lengths) -> out, of single tokens: see `look`.
 Look = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -161,7 +164,7 @@ def unseen(lengths: Tensor, positions: int, dtype: torch.dtype) -> Tensor:
 
 def paged_look(kv: KVPages) -> Look | None:
     """`look` as a kernel of ours on CUDA; None where it does not run, or heads are of another width than it takes."""
-    if kv.keys.device.type != "cuda" or importlib.util.find_spec("triton") is None:
+    if kv.keys.device.type != "cuda" or not compiles():
         return None
     paged = importlib.import_module("engine.paged")  # not before: whoever has no CUDA may have no Triton
     ours: Look = paged.look
@@ -203,10 +206,7 @@ class PagedAttention:
             keys, values = k[None].transpose(1, 2), v[None].transpose(1, 2)
         else:
             keys, values = self._kv.read(layer, table)
-        out = F.scaled_dot_product_attention(
-            q[None].transpose(1, 2), keys, values, attn_mask=mask, is_causal=mask is None, enable_gqa=True
-        )
-        return out[0].transpose(0, 1).flatten(1)
+        return attention(q[None].transpose(1, 2), keys, values, mask)[0].transpose(0, 1).flatten(1)
 
     def _chunk(self, span: Span) -> tuple[Tensor | None, Tensor | None, int]:
         """A chunk with nothing before it needs no pages and no mask."""

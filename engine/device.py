@@ -8,7 +8,7 @@ from torch import Tensor
 
 def select(device: torch.device) -> None:
     """Make it the one that streams, events and Triton's kernels of this thread are of, whichever of several it is."""
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 

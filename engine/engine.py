@@ -14,6 +14,7 @@ from collections import Counter, defaultdict, deque
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 
 from engine import limits, stitch
 from engine.api import EngineClosed, EngineInfo, EngineStats, InvalidRequest, Overloaded, Sink, Tokenizer
@@ -32,6 +33,7 @@ from engine.sequence import Sequence, Status, Ticket
 from engine.served import ServedModel, info_of
 from engine.text import TextStream
 from llama.model import Llama
+from llama.rope import Rope, turned, unrotate
 from prompts_store.prompt import SoftPrompt
 
 log = logging.getLogger("promptstitch.engine")
@@ -110,6 +112,10 @@ class LocalEngine:
         problem = stitch.mismatch(prompt, self._model, info.base, info.max_virtual_tokens, self._max_norm)
         if problem is not None:
             raise InvalidRequest("prompt", problem[1], problem[0])
+
+    def unrotate(self, keys: Tensor) -> Tensor:
+        config = self._model.config
+        return turned(unrotate, keys, Rope(config.rope, config.head_dim, keys.device, torch.float32))
 
     def stats(self) -> EngineStats:
         scheduler, pool = self._scheduler, self._pool

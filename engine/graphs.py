@@ -101,7 +101,8 @@ def capturing() -> Capture:
                 step()
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        # The stream that is current stays so, even where the capture fails.
+        with torch.cuda.stream(torch.cuda.current_stream()), torch.cuda.graph(graph, pool=pool):
             out = step()
 
         def replay() -> Tensor:
@@ -120,7 +121,17 @@ def decode_graphs(model: Llama, kv: KVPages, most: int, context: int) -> DecodeG
     if look is None:
         return None
     try:
-        return DecodeGraphs(model, kv, most, -(-context // kv.page_size), look, capturing())
+        columns = -(-context // kv.page_size)
+        _warm(look, model, kv, columns)
+        return DecodeGraphs(model, kv, most, columns, look, capturing())
     except Exception:  # a layer that waits for the device, no memory left, or a kernel that does not compile
         log.warning("decoding steps cannot be captured; each is launched kernel by kernel", exc_info=True)
         return None
+
+
+def _warm(look: Look, model: Llama, kv: KVPages, columns: int) -> None:
+    """Compile what steps that are not captured look with: a program for each power of two of a table's width."""
+    q = kv.keys.new_zeros(1, model.config.num_heads, model.config.head_dim)
+    lengths = torch.ones(1, dtype=torch.int32, device=q.device)
+    for width in (1 << bit for bit in range(columns.bit_length())):
+        look(q, kv.keys[0], kv.values[0], lengths.new_zeros(1, width), lengths)

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from engine.attention import KVPages
+from engine.attention import STRETCH, KVPages
+from engine.graphs import sizes
 from llama.model import Llama
 
 CPU_KV_BYTES = 2 << 30
@@ -38,7 +39,7 @@ class EngineOptions:
     def num_pages(self, model: Llama) -> int:
         """Pages that the budget buys. Raises ValueError if it buys no useful number."""
         page_bytes = KVPages.bytes_per_page(model.config, self.page_size, model.dtype)
-        pages = (self.kv_bytes or self._default_bytes(model.device)) // page_bytes
+        pages = (self.kv_bytes or self._default_bytes(model)) // page_bytes
         if pages < 8:
             raise ValueError(
                 f"the KV budget of {self.kv_bytes} bytes holds {pages} pages of {page_bytes} bytes; "
@@ -51,9 +52,13 @@ class EngineOptions:
         """Positions one request may take, so that a lone one always fits: one page is blank, one is a prompt's tail."""
         return min(model.config.max_len, self.max_model_len or model.config.max_len, (num_pages - 2) * self.page_size)
 
-    @staticmethod
-    def _default_bytes(device: torch.device) -> int:
-        if device.type != "cuda":
+    def _default_bytes(self, model: Llama) -> int:
+        """On CUDA a share of what is free, less what steps take: stretches of attention twice, in graphs and beside
+        them, and the logits that each graph keeps."""
+        if model.device.type != "cuda":
             return CPU_KV_BYTES
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free * CUDA_KV_SHARE)
+        c, (free, _) = model.config, torch.cuda.mem_get_info(model.device)
+        stretches = -(-min(c.max_len, self.max_model_len or c.max_len) // STRETCH)
+        partial = 4 * self.max_running * c.num_heads * stretches * (c.head_dim + 2)
+        logits = 4 * c.vocab_size * sum(sizes(self.max_running))
+        return max(0, int(free * CUDA_KV_SHARE) - 2 * partial - logits)

@@ -14,12 +14,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-STRETCH = 256  # positions of a program
+from engine.attention import STRETCH
+
 TILE = 64  # positions at once
 LEAST = 16  # rows and widths of a product on tensor cores
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["columns"])  # else a batch of another width would wait for a compiler
 def _stretch(
     q, keys, values, tables, lengths, sums, tops, totals, q_stride, columns, scale,
     SHARED: tl.constexpr, HEADS: tl.constexpr, DIM: tl.constexpr, PAGE: tl.constexpr,
@@ -56,7 +57,7 @@ def _stretch(
     tl.store(totals + out, total, mask=there)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts"])
 def _join(sums, tops, totals, lengths, out, parts, DIM: tl.constexpr, PARTS: tl.constexpr, STRETCH: tl.constexpr):
     """The stretches of one head of one token, weighed by their largest scores."""
     token, head = tl.program_id(0), tl.program_id(1)

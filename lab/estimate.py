@@ -12,8 +12,8 @@ Memory is the larger of two moments.
     activations  of B T text tokens and B N positions before them, in each of L blocks, what the way back needs:
                  MLP 3 I c (2 I c in fp32 on the CPU, where one kernel goes back through SwiGLU), two norms 2 H 4, q
                  and what attention gives (2 heads + KV heads) D c, for each text token,
-                 and 2 KV heads D c for each text token and position; a mask T (T + N) c. On CUDA no fused attention
-                 takes a mask with grouped heads, so that the probabilities count, too: B heads T (T + N) (c + 4).
+                 and 2 KV heads D c for each text token and position; a mask T (T + N) c. Heads that share keys and
+                 values behind a mask have them repeated on CUDA (`llama.sdpa`): 2 heads D c more for each.
                  Recomputed: one H c a block, and one block whole.
     logits       four times a chunk in fp32, of 2^20 elements on the CPU and 2^23 on CUDA, or B T V where that is less
     learned      six times the prompt in fp32: itself, its gradient, two moments, the average and the best
@@ -89,7 +89,8 @@ def memory(config: LlamaConfig, level: str, kind: str, recipe: Recipe, compute: 
     linears, block = linear_weights(config), linear_weights(config) // config.num_layers
     table = config.vocab_size * config.hidden_size
     tables = table * (1 if config.tied else 2)
-    if compute == "packed" and level != "dense":
+    packed = compute == "packed" and level != "dense"
+    if packed:
         weights = int(linears * resident_bits(level) / 8) + tables * served
     elif compute == "int8":
         weights = int((linears + table) * INTEGERS) + table * item
@@ -101,7 +102,6 @@ def memory(config: LlamaConfig, level: str, kind: str, recipe: Recipe, compute: 
     distils = recipe.distil > 0 and level != "dense"
     logits = 4 * 4 * min(LOGITS["cuda" if cuda else "cpu"], micro * recipe.window * config.vocab_size)
     teaching = (linears + tables) * served + _scoring(config, served, cuda) if distils else 0
-    packed = compute == "packed" and level != "dense"
     rebuilt, head = block * item if packed else 0, table * served * distils
     learned = COPIES * 4 * learned_elements(config, kind, recipe.positions)
     return Memory(teaching, weights, rebuilt, activations, logits, learned, head, 0.0 if cuda else SLACK)
@@ -175,9 +175,12 @@ def _product(weight: torch.Tensor, numerics: str) -> Linear:
 @torch.inference_mode()
 def _seconds(layer: Linear, x: torch.Tensor) -> float:
     """Of a product, with the wait for a GPU."""
+    calls = 20 if x.is_cuda else 1  # there one takes less than its launch
     began = time.perf_counter()
-    float(layer(x)[0, 0])
-    return max(time.perf_counter() - began, 1e-9)
+    for _ in range(calls):
+        y = layer(x)
+    float(y[0, 0])
+    return max(time.perf_counter() - began, 1e-9) / calls
 
 
 def _activations(
@@ -189,8 +192,8 @@ def _activations(
     mlp = (2 if item == 4 and not cuda else 3) * c.intermediate_size
     one = tokens * (mlp * item + 2 * c.hidden_size * 4 + (2 * heads + kv) * item)
     one += 2 * kv * item * (tokens + before) + window * (window + positions) * item
-    if cuda and positions:
-        one += batch * c.num_heads * window * (window + positions) * (item + 4)
+    if cuda and positions and c.num_heads > c.num_kv_heads:
+        one += 2 * heads * item * (tokens + before)
     if recompute:
         return c.num_layers * tokens * c.hidden_size * item + one
     return c.num_layers * one

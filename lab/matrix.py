@@ -15,12 +15,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 
+from engine.device import select
 from lab.data.named import documents
-from lab.data.splits import Splits, split
+from lab.data.splits import Splits, apart, split
 from lab.disk import write_bytes
 from lab.errors import RunError
 from lab.estimate import Speeds, memory, speeds
@@ -40,7 +41,7 @@ from llama.load import choose_device, choose_dtype
 from llama.shards import read_json
 from llama.tokenizer import HubTokenizer
 from prompts_store.file import read_prompt
-from prompts_store.prompt import Bos, SoftPrompt
+from prompts_store.prompt import SoftPrompt
 
 ERROR = "error.txt"  # beside the cell's folder
 PROMPTS = ("rows", "kv")  # kinds; others are controls
@@ -135,6 +136,7 @@ def run(matrix: Matrix, only: str | None, report: Report) -> Iterator[dict[str, 
     expected = {each["cell"]: each for each in estimated(matrix, only, None, None)}
     whole = Whole({name: 0.0 if each["finished"] else each["seconds"] for name, each in expected.items()}, report)
     data = _Data(matrix)
+    select(matrix.device)
     for cell in matrix.cells(only):
         _forget()
         try:
@@ -184,7 +186,7 @@ def _carry_out(matrix: Matrix, cell: Cell, data: _Data, report: Report) -> Mappi
             about = replace(subject(plan, outcome.file), every=None)  # controls are held against on the task's own data
             for name in matrix.table.tasks[cell.task].also:
                 folder = matrix.folder(cell) / f"report-{_plain(name)}"
-                material = _also(matrix, cell, name, plan.splits.data)
+                material = _also(matrix, cell, name, plan.splits)
                 found = prove(about, material, folder, plan.places.cache, report)
                 told[_plain(name)] = _summary(found)
         kept.tell(cell=told)
@@ -215,7 +217,7 @@ def _planned(matrix: Matrix, cell: Cell, data: _Data, equal: SoftPrompt | None) 
         allocation=cell.allocation,
         calibration=table.calibration,
         windows=table.windows,
-        bos=cast(Bos, table.bos),
+        bos=table.bos,
         dtype=table.dtype,
         device=table.device,
         compute=table.compute,
@@ -227,9 +229,13 @@ def _planned(matrix: Matrix, cell: Cell, data: _Data, equal: SoftPrompt | None) 
     return planned(order, data[cell.task], places, table.tasks[cell.task].data, data[table.calibrate])
 
 
-def _also(matrix: Matrix, cell: Cell, name: str, learned: str) -> Material:
-    found = tuple(parts(name, matrix.data_root, {learned})["report"])
-    window, bos = cell.recipe.window, cast(Bos, matrix.table.bos)
+def _also(matrix: Matrix, cell: Cell, name: str, learned: Splits) -> Material:
+    found = apart(parts(name, matrix.data_root, {learned.data})["report"], learned.parts["learn"])
+    if not found:
+        raise RunError(
+            f"also: each document of {name} shares words in a row with what is learned from; report on other data"
+        )
+    window, bos = cell.recipe.window, matrix.table.bos
     tokenizer = HubTokenizer(matrix.model)
     drawn = sample(_plain(name), "report", found, tokenizer, window, [bos], most=matrix.table.windows)
     return Material(drawn, found, window)

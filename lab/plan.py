@@ -46,8 +46,8 @@ class Order:
     equal: SoftPrompt | None = None
     every: bool = False
     base: str | None = None  # of a foreign compressed model, as `llama.identity.identify` takes it
-    embedding: str = "keep"  # of the checkpoint that the solver writes, as it takes it; so is
-    allocation: str = "uniform"
+    embedding: str = "keep"  # of the checkpoint that the solver writes
+    allocation: str = "uniform"  # likewise
 
 
 @dataclass(frozen=True)

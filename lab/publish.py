@@ -6,21 +6,20 @@ registry and its rule of promotion; knows no model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from lab.transfer.prompts import Contender, record
+from lab.transfer.prompts import record
 from lab.transfer.registry import StoreRegistry
 from prompts_store.aliases import ANY_REVISION
 from prompts_store.errors import NotFound
 from prompts_store.file import PromptFile, read_prompt
-from prompts_store.records import Actor, Alias, Measurement, RecordedMeasurement, Version
+from prompts_store.records import Actor, Alias, Measurement, Version
 from prompts_store.store import PromptStore
 
 RECORDER = Actor("recover")
 DEFAULT = "default"
-PAGE = 1000
 
 
 @dataclass(frozen=True)
@@ -62,15 +61,15 @@ def publish(
     Raises StoreError, and what `measure` raises.
     """
     version, new = store.push(file, task, by=RECORDER)
-    origin = Contender(file.prompt, f"{task}@{version.version}", task, version.version, version.level, version.weights)
+    registry = StoreRegistry(store, RECORDER)
     for each in (select, report):
-        record(StoreRegistry(store), origin, each)
+        record(registry, task, version.version, each)
     now = _alias(store, version)
     if now is not None and now.version == version.version:
         return Published(version, new, True, f"{task}:{DEFAULT} points to it already")
     if select.gain is None or select.gain_low is None or select.gain_low <= 0:
         return Published(version, new, False, f"its gain on select is not more than chance: {_gain(select)}")
-    if now is not None and (other := _of_default(store, now, select, measure)) < select.value:
+    if now is not None and (other := _of_default(store, registry, now, select, measure)) < select.value:
         why = f"{task}@{now.version}, the default, has perplexity {other:.2f} on the same data, this {select.value:.2f}"
         return Published(version, new, False, why)
     expected = None if now is None else ANY_REVISION
@@ -86,33 +85,21 @@ def _alias(store: PromptStore, version: Version) -> Alias | None:
 
 
 def _of_default(
-    store: PromptStore, alias: Alias, ours: Measurement, measure: Callable[[PromptFile], Measurement]
+    store: PromptStore,
+    registry: StoreRegistry,
+    alias: Alias,
+    ours: Measurement,
+    measure: Callable[[PromptFile], Measurement],
 ) -> float:
     """The perplexity of the alias's version on the same data and weights."""
     same = ("metric", "dataset", "split", "served_weights")
-    found = [
-        each.measurement.value
-        for each in _measured(store, alias.task, alias.version)
-        if all(getattr(each.measurement, name) == getattr(ours, name) for name in same)
-    ]
+    known = registry.measurements(alias.task, alias.version)
+    found = [each.value for each in known if all(getattr(each, name) == getattr(ours, name) for name in same)]
     if found:
         return found[-1]
-    version = store.versions.get(alias.task, alias.version)
-    file = read_prompt(store.content(alias.task, alias.version))
-    name = f"{alias.task}@{alias.version}"
-    known = Contender(file.prompt, name, alias.task, alias.version, version.level, version.weights)
-    record(StoreRegistry(store), known, measured := measure(file))
+    measured = measure(read_prompt(store.content(alias.task, alias.version)))
+    record(registry, alias.task, alias.version, measured)
     return measured.value
-
-
-def _measured(store: PromptStore, task: str, version: int) -> Iterator[RecordedMeasurement]:
-    after = None
-    while True:
-        page = store.measurements.list(task, version, limit=PAGE, after=after)
-        items: Sequence[RecordedMeasurement] = page.items
-        yield from items
-        if (after := page.next) is None:
-            return
 
 
 def _gain(measured: Measurement) -> str:

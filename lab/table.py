@@ -34,13 +34,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from lab.compress.allocation import ALLOCATIONS
 from lab.compress.compress import EMBEDDINGS
 from lab.errors import RunError
 from lab.learn.budget import Budget, parse_budget
 from lab.learn.recipe import KINDS, Kind, Recipe, read_recipe
+from prompts_store.prompt import Bos
 
 DENSE = "dense"
 TOP = {"model", "calibrate", "tokens", "steps", "budget", "windows", "controls", "device", "dtype", "compute", "bos"}
@@ -115,7 +116,7 @@ class Table:
     device: str
     dtype: str
     compute: str
-    bos: str
+    bos: Bos
 
 
 def read_table(path: Path) -> Table:
@@ -147,7 +148,7 @@ def read_table(path: Path) -> Table:
         device=_typed(told, "device", str, "auto"),
         dtype=_typed(told, "dtype", str, "auto"),
         compute=_typed(told, "compute", str, "auto"),
-        bos=_typed(told, "bos", str, "tokenizer"),
+        bos=_one(told, "bos", get_args(Bos), "tokenizer"),
     )
 
 
@@ -235,6 +236,12 @@ def _choices(told: Mapping[str, Any], name: str, known: Sequence[str]) -> list[A
     if odd := [each for each in found if each not in known]:
         raise TableError(f"{name}: {odd[0]!r} is none of {', '.join(known)}")
     return found
+
+
+def _one(told: Mapping[str, Any], name: str, known: Sequence[str], default: str) -> Any:
+    if (value := _typed(told, name, str, default)) not in known:
+        raise TableError(f"{name}: {value!r} is none of {', '.join(known)}")
+    return value
 
 
 def _typed(told: Mapping[str, Any], name: str, kind: type, default: Any) -> Any:

@@ -18,7 +18,7 @@ STEP = 128  # inputs at once, at most
 LEAST = 16  # of them in a product
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # else a batch of another size would wait for a compiler
 def _product(
     x, codes, scales, offsets, table, bias, y, m, n, k,
     BITS: tl.constexpr, GROUP: tl.constexpr, STEP: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr,

@@ -17,6 +17,10 @@ from llama.manifest import FILE, Manifest
 from llama.shards import read_json
 
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
+UNKNOWN_BASE = (
+    "the dense model of this quantised checkpoint is unknown, so its own fingerprint is its base and prompts of the "
+    "dense model may not fit; name the dense model's folder or digest as base"
+)
 _SPARSE = re.compile(r"s([0-9]+|2of4)")
 
 
@@ -64,12 +68,17 @@ def _stored(directory: Path, declared: str, base: str | None) -> Identity:
         return Identity(manifest.name, manifest.base, manifest.level, manifest.weights)
     notes = [f"{directory.name} has no {FILE}: its fingerprints were computed, which `promptstitch pull` saves"]
     if base is None and declared != "dense":
-        notes.append(
-            "the dense model of this quantised checkpoint is unknown, so its own fingerprint is its base and prompts "
-            "of the dense model do not fit; name the dense model's folder or digest as base"
-        )
+        notes.append(UNKNOWN_BASE)
     weights = weights_digest(directory)
     return Identity(directory.resolve().name, base or base_digest(directory), declared, weights, notes=tuple(notes))
+
+
+def names_itself(directory: Path) -> bool:
+    """Whether a quantised checkpoint was brought here without word of its dense model. Raises ModelError."""
+    known = Manifest.read(directory)
+    if known is None or known.level == "dense" or not known.source.startswith(("dir", "hub:")):
+        return False
+    return known.base == base_digest(directory)
 
 
 def base_of(base: str) -> str:

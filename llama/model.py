@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llama.config import LlamaConfig
@@ -18,6 +17,7 @@ from llama.embedding import Embedding
 from llama.linear import Linear
 from llama.pointwise import norm, swiglu
 from llama.rope import Rope, Rotation, rotate
+from llama.sdpa import attention
 
 
 class Attend(Protocol):
@@ -128,5 +128,4 @@ class CausalAttention:
             )
             # SDPA's is_causal aligns top-left when lengths differ; a prefix needs the lower-right triangle.
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=True)
-        return out.transpose(1, 2).flatten(2).flatten(0, 1)
+        return attention(q, k, v, mask).transpose(1, 2).flatten(2).flatten(0, 1)

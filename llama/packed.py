@@ -8,7 +8,6 @@ The faster 4-bit kernel of the CPU is in `llama.int4`.
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import math
 from collections.abc import Iterator, Sequence
 from functools import cache
@@ -18,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llama.jit import compiles
 from llama.linear import OpaqueLinear
 
 KERNEL_ROWS = 256  # above it, unpacking once and a dense product are no slower than torch's weight-only kernels
@@ -32,8 +32,8 @@ def scale_dtype(compute: torch.dtype) -> torch.dtype:
 
 @cache
 def _triton() -> ModuleType | None:
-    """Products with codes on CUDA; None where there is no Triton, as there may not be where there is no CUDA."""
-    return importlib.import_module("llama.coded") if importlib.util.find_spec("triton") else None
+    """Products with codes on CUDA; None where Triton does not run."""
+    return importlib.import_module("llama.coded") if compiles() else None
 
 
 def coded(

@@ -16,7 +16,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from threading import Event, Thread
 from typing import Any
@@ -32,7 +32,7 @@ from llama.config import LlamaConfig
 from llama.errors import BrokenCheckpoint, ModelError, UnsupportedModel
 from llama.fingerprint import base_digest, weights_digest
 from llama.gguf import convert
-from llama.identity import base_of
+from llama.identity import base_of, names_itself
 from llama.level import declared_level
 from llama.manifest import Manifest
 from llama.shards import read_json
@@ -115,6 +115,7 @@ def pull(
         with FileLock(target.with_name(f".{target.name}.lock"), timeout=0):
             if is_complete(target, report):
                 _check_source(target, name, revision)
+                _agree_on_base(target, base)
             else:
                 _replace(target, _fetch(name, revision, base, target.with_name(f".{target.name}.part"), report))
     except Timeout as busy:
@@ -282,10 +283,20 @@ def _seal(folder: Path, title: str, source: str, base: str, report: Progress) ->
     if brought := Manifest.read(folder):
         if brought.weights != weights:
             raise BrokenCheckpoint(f"{folder}: the weights are not those that its {manifest.FILE} names")
-        if base and base_of(base) != brought.base:
-            raise ModelError(f"--base is {base_of(base)}, but {folder / manifest.FILE} says {brought.base}")
+        _agree_on_base(folder, base)
         return
     Manifest(base_of(base) if base else base_digest(folder), level, weights, title, source).write(folder)
+
+
+def _agree_on_base(folder: Path, base: str) -> None:
+    """A base that is given is written down where none was known. Raises ModelError where it is another one."""
+    known = Manifest.read(folder)
+    assert known is not None
+    if not base or (told := base_of(base)) == known.base:
+        return
+    if not names_itself(folder):
+        raise ModelError(f"--base is {told}, but {folder / manifest.FILE} says {known.base}")
+    replace(known, base=told).write(folder)
 
 
 def _replace(target: Path, part: Path) -> None:

@@ -7,6 +7,7 @@ attention and no cache. Every form here is static: a key, once rotated, never de
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -105,3 +106,10 @@ def unrotate(x: Tensor, rotation: Rotation) -> Tensor:
     """x (T, heads, D) that `rotate` made → what it was made of, to rounding. For files, not for speed."""
     scale = rotation.cos.square() + rotation.sin.square()  # a stretched form scales as it turns
     return rotate(x.double(), Rotation(rotation.cos.double() / scale, -rotation.sin.double() / scale)).to(x.dtype)
+
+
+def turned(turn: Callable[[Tensor, Rotation], Tensor], keys: Tensor, rope: Rope) -> Tensor:
+    """Keys (layers, KV heads, N, D) of positions 0 to N-1, by `rotate` or `unrotate`."""
+    by_position = keys.permute(2, 0, 1, 3)
+    tables = rope.tables(torch.arange(keys.shape[2], device=keys.device))
+    return turn(by_position.flatten(1, 2), tables).view(by_position.shape).permute(1, 2, 0, 3).contiguous()

@@ -25,10 +25,10 @@ ANY_REVISION = "*"
 class Aliases(Repository):
     """Thread-safe."""
 
-    def get(self, task: str, name: str, *, base: str, level: str) -> Alias:
-        """Raises NotFound."""
+    def get(self, task: str, name: str, *, base: str, level: str, any_level: bool = False) -> Alias:
+        """`any_level`: where there is none at `level`, the only one of this name. Raises NotFound."""
         with self.database.read() as session:
-            return _record(self._row(session, task, name, base, level))
+            return _record(self._row(session, task, name, base, level, any_level))
 
     def list(
         self,
@@ -100,17 +100,29 @@ class Aliases(Repository):
             return _record(alias), row is None
 
     def delete(
-        self, task: str, name: str, *, base: str, level: str, expected: str | None = None, by: Actor = LOCAL
+        self,
+        task: str,
+        name: str,
+        *,
+        base: str,
+        level: str,
+        any_level: bool = False,
+        expected: str | None = None,
+        by: Actor = LOCAL,
     ) -> None:
-        """Raises NotFound; PreconditionFailed for a revision that is stale; StorageFull."""
+        """The one that `get` gives. Raises NotFound; PreconditionFailed for a revision that is stale; StorageFull."""
         with self.database.write() as session:
-            row = self._row(session, task, name, base, level)
+            row = self._row(session, task, name, base, level, any_level)
             _check_revision(row, expected)
-            self._log.write(session, by, "alias.delete", f"{task}:{name} {level} {base}", str(row.version), None)
+            self._log.write(session, by, "alias.delete", f"{task}:{name} {row.level} {base}", str(row.version), None)
             session.delete(row)
 
-    def _row(self, session: Session, task: str, name: str, base: str, level: str) -> AliasRow:
+    def _row(self, session: Session, task: str, name: str, base: str, level: str, any_level: bool) -> AliasRow:
         row = session.get(AliasRow, (self.namespace, task, name, level, base))
+        if row is None and any_level:
+            query = select(AliasRow).where(AliasRow.namespace == self.namespace, AliasRow.task == task)
+            found = session.scalars(query.where(AliasRow.name == name, AliasRow.base == base).limit(2)).all()
+            row = found[0] if len(found) == 1 else None
         if row is None:
             raise NotFound("alias", f"there is no alias {name[:128]!a} of task {task[:128]!a} at level {level[:64]!a}")
         return row

@@ -80,7 +80,7 @@ def _read(name: str) -> Level:
         elif part == "dense":
             slot = "dense"
         else:
-            raise BadLevel(f"{_shown(name)} is no compression level; levels look like {_EXAMPLES}")
+            raise BadLevel(f"{_shown(name)} is no compression level; choose one such as {_EXAMPLES}")
         if slot in seen:
             raise BadLevel(f"{_shown(name)} names two of one thing; levels look like {_EXAMPLES}")
         seen.add(slot)

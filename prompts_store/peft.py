@@ -27,8 +27,7 @@ MAX_TEXT = 512
 ROWS_TYPES = ("PROMPT_TUNING", "P_TUNING")
 PREFIX_TYPE = "PREFIX_TUNING"
 _NEEDS_MODEL = (
-    "its keys are stored after RoPE, and undoing that takes the model's config: "
-    "`promptstitch prompts import-peft DIR --model MODEL` makes a prompt of it"
+    "its keys are stored after RoPE, and undoing that takes the model's config: say --model, the one it was learned on"
 )
 _REFUSED = {
     "MULTITASK_PROMPT_TUNING": "its rows are a product with a task's factors; save the product as PROMPT_TUNING",
@@ -135,11 +134,6 @@ def read_config(directory: Path) -> bytes:
     """The adapter's config, and no more of it than can be one. Raises OSError."""
     with (directory / CONFIG_NAME).open("rb") as stream:
         return stream.read(MAX_CONFIG_BYTES + 1)
-
-
-def holds_prefix(config: bytes) -> bool:
-    """Whether the adapter is a prefix, which takes a model to be read. Raises InvalidArtifact."""
-    return _Config.parse(config).peft_type == PREFIX_TYPE
 
 
 def write_peft(directory: Path, file: PromptFile, *, base_model: str, rotate: Turn | None = None) -> None:

@@ -232,11 +232,11 @@ def invalid_value(findings: Sequence[Mapping[str, Any]], neutral: frozenset[str]
         return ApiError(400, context["code"], message, param=context["param"])
     source, place = _place(first["loc"])
     param = _pointer(place) if source == "body" else ".".join(map(str, place))
-    name = ascii(str(place[0])[:64]) if place else "the body"
     if first["type"] == "extra_forbidden":
-        return ApiError(400, "unknown_parameter", f"{_shown(place)} is no field of this request", param=param)
-    if place and place[0] in neutral:
-        return ApiError(400, "unsupported_parameter", f"{name} is not supported here: {message}", param=param)
+        code = "unsupported_parameter" if source == "body" else "unknown_parameter"
+        return ApiError(400, code, f"{_shown(place)} is no field of this request", param=param)
+    if place and not neutral.isdisjoint((place[0], _shown(place))):
+        return ApiError(400, "unsupported_parameter", f"{_shown(place)} is not supported here: {message}", param=param)
     return ApiError(400, "invalid_value", f"{_shown(place)}: {message}", param=param)
 
 

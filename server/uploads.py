@@ -59,7 +59,9 @@ class Upload:
         if self.config is None:
             file = read_prompt(self.weights, limits, default_base=info.base, bos=bos)
         else:
-            file = read_peft(self.config, self.weights, limits, default_base=info.base, bos=bos)
+            file = read_peft(
+                self.config, self.weights, limits, default_base=info.base, bos=bos, unrotate=engine.unrotate
+            )
         try:
             engine.check_prompt(file.prompt)
         except InvalidRequest as error:

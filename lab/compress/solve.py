@@ -54,7 +54,7 @@ class Solution:
 
 
 class Indefinite(ValueError):
-    """H cannot be factored: its inputs were not finite."""
+    """H cannot be factored, or is not finite."""
 
 
 def solve(weight: Tensor, moments: Tensor, grid: IntScales | None, sparsity: Sparsity | None) -> Solution:

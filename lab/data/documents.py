@@ -119,15 +119,15 @@ def records(text: str, path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
             record = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
             raise DataError(
-                f"{path}, line {number} is not JSON ({error}); one whole object is wanted a line"
+                f"{path}, line {number} is not JSON ({error}); each line must be one JSON object"
             ) from error
         if not isinstance(record, dict):
-            raise DataError(f"{path}, line {number} is {type(record).__name__}; one object is wanted a line")
+            raise DataError(f"{path}, line {number} is {type(record).__name__}; each line must be one JSON object")
         yield number, record
 
 
 def question(record: Mapping[str, Any], where: str) -> Document:
-    """The same of data that need not be answered. Raises DataError."""
+    """As `document`, where no answer is needed. Raises DataError."""
     if "messages" in record:
         return Document(str(record.get("id", where)), turns=_turns(record["messages"], where, answered=False))
     if "prompt" in record:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -65,18 +65,13 @@ def split(documents: Sequence[Document], *needed: Part) -> Splits:
     if one_site:  # then that says nothing, and documents go by themselves
         each = [replace(document, domain=document.content) for document in each]
         sites = _dealt({document.domain for document in each})
-    own = [set(grams(document.words)) for document in each]
-    whole = [document.content.encode() for document in each]  # in whose place no form stands, however common
-    counts = Counter(gram for found in own if len(found) > 1 for gram in found)
-    common = {gram for gram, count in counts.items() if count > max(COMMON[0], COMMON[1] * len(each))}
+    marks = _marks(each)
     taken: set[bytes] = set()
     kept: dict[Part, tuple[Document, ...]] = {}
     dropped: dict[Part, int] = {}
     for part in SHARES:
         candidates = [
-            (document, (found - common) | {content})
-            for document, found, content in zip(each, own, whole, strict=True)
-            if sites[document.domain] == part
+            (document, found) for document, found in zip(each, marks, strict=True) if sites[document.domain] == part
         ]
         clean = [(document, found) for document, found in candidates if found.isdisjoint(taken)]
         kept[part], dropped[part] = tuple(document for document, _ in clean), len(candidates) - len(clean)
@@ -88,6 +83,14 @@ def split(documents: Sequence[Document], *needed: Part) -> Splits:
             "give more documents that differ"
         )
     return Splits(kept, dropped, digest(documents), one_site and len(each) > 1)
+
+
+def apart(found: Iterable[Document], learned: Iterable[Document]) -> tuple[Document, ...]:
+    """Those of other data that share no run of 13 words with what was learned from, but for the form of that."""
+    taken = set[bytes]().union(*_marks(tuple(learned)))
+    return tuple(
+        document for document in found if taken.isdisjoint({*grams(document.words), document.content.encode()})
+    )
 
 
 def part_of(domain: str) -> Part:
@@ -104,6 +107,14 @@ def grams(text: str) -> Iterator[bytes]:
     words = normalised(text)
     for start in range(max(len(words) - GRAM, 0) + 1 if words else 0):
         yield hashlib.blake2b(" ".join(words[start : start + GRAM]).encode(), digest_size=8).digest()
+
+
+def _marks(documents: Sequence[Document]) -> list[set[bytes]]:
+    """What overlaps of each are told by: its runs of words but for the form that most are written in, and all of it."""
+    found = [set(grams(document.words)) for document in documents]
+    counts = Counter(gram for each in found if len(each) > 1 for gram in each)
+    common = {gram for gram, count in counts.items() if count > max(COMMON[0], COMMON[1] * len(documents))}
+    return [(each - common) | {doc.content.encode()} for each, doc in zip(found, documents, strict=True)]
 
 
 def record(splits: Splits, path: Path) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from llama.model import CausalAttention, Llama
-from llama.rope import rotate, unrotate
+from llama.rope import rotate, turned, unrotate
 
 Prefix = tuple[Tensor, Tensor]  # keys, rotated for positions 0..N-1, and values; each (layers, KV heads, N, D)
 
@@ -50,10 +50,7 @@ def own_kv(model: Llama, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     fp32 on the CPU, as `SoftPrompt` wants them.
     """
     keys, values = prefix(model, tensors)  # (layers, KV heads, N, D)
-    layers, heads, n, dim = keys.shape
-    flat = keys.permute(2, 0, 1, 3).reshape(n, layers * heads, dim)
-    turned = unrotate(flat, model.rope.tables(torch.arange(n, device=model.device)))
-    keys = turned.view(n, layers, heads, dim).permute(1, 2, 0, 3)
+    keys = turned(unrotate, keys, model.rope)
     return {"keys": keys.float().cpu().contiguous(), "values": values.float().cpu().contiguous()}
 
 

@@ -74,7 +74,10 @@ class LoraForm(AdaptedForm):
 
     def __init__(self, model: Llama, recompute: bool = False) -> None:
         now: dict[str, Tensor] = {}
-        changed = [self._changed(block, now) for block in blocks_of(model)]
+        changed = [
+            Block(model.config, b.index, b.attention_norm, _Adapted(b, now), b.o, b.mlp_norm, b.gate_up, b.down)
+            for b in blocks_of(model)
+        ]
         super().__init__(Llama(model.config, model.embedding, changed, model.norm, model.head), now, recompute)
 
     @staticmethod
@@ -89,11 +92,6 @@ class LoraForm(AdaptedForm):
             tensors[f"{name}_down"] = (2 * down - 1) * bound
             tensors[f"{name}_up"] = torch.zeros(c.num_layers, width, rank)
         return tensors
-
-    @staticmethod
-    def _changed(block: Block, now: Tensors) -> Block:
-        parts = (block.attention_norm, _Adapted(block, now), block.o, block.mlp_norm, block.gate_up, block.down)
-        return _rebuilt(block, *parts)
 
 
 class _Adapted(Linear):
@@ -122,7 +120,10 @@ class NormForm(AdaptedForm):
     def __init__(self, model: Llama, recompute: bool = False) -> None:
         now: dict[str, Tensor] = {}
         blocks = blocks_of(model)
-        changed = [self._changed(block, now, 2 * at) for at, block in enumerate(blocks)]
+        changed = []
+        for at, b in enumerate(blocks):
+            attention, mlp = _Learned(b.attention_norm, now, 2 * at), _Learned(b.mlp_norm, now, 2 * at + 1)
+            changed.append(Block(model.config, b.index, attention, b.qkv, b.o, mlp, b.gate_up, b.down))
         norm = _Learned(model.norm, now, 2 * len(blocks))
         super().__init__(Llama(model.config, model.embedding, changed, norm, model.head), now, recompute)
 
@@ -132,12 +133,6 @@ class NormForm(AdaptedForm):
         blocks = blocks_of(model)
         each = [norm.weight for block in blocks for norm in (block.attention_norm, block.mlp_norm)]
         return {"norms": torch.stack([*each, model.norm.weight]).detach().float().cpu()}
-
-    @staticmethod
-    def _changed(block: Block, now: Tensors, at: int) -> Block:
-        attention = _Learned(block.attention_norm, now, at)
-        mlp = _Learned(block.mlp_norm, now, at + 1)
-        return _rebuilt(block, attention, block.qkv, block.o, mlp, block.gate_up, block.down)
 
 
 class _Learned(RMSNorm):
@@ -151,15 +146,3 @@ class _Learned(RMSNorm):
 
 
 ADAPTED: Mapping[str, type[LoraForm] | type[NormForm]] = MappingProxyType({"lora": LoraForm, "norms": NormForm})
-
-
-def _rebuilt(
-    block: Block, attention_norm: RMSNorm, qkv: Linear, o: Linear, mlp_norm: RMSNorm, gate_up: Linear, down: Linear
-) -> Block:
-    """The block with other parts."""
-    twin = Block.__new__(Block)
-    nn.Module.__init__(twin)
-    twin.index, twin.heads, twin.kv_heads, twin.head_dim = block.index, block.heads, block.kv_heads, block.head_dim
-    twin.attention_norm, twin.qkv, twin.o = attention_norm, qkv, o
-    twin.mlp_norm, twin.gate_up, twin.down = mlp_norm, gate_up, down
-    return twin

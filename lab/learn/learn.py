@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from engine.device import select
 from lab.data.windows import Windows, windows
 from lab.disk import saving, write_file
 from lab.evaluate.score import Teacher, score
@@ -46,6 +47,7 @@ def learn(plan: Plan, run: Run, cache: Path | None, report: Report) -> tuple[Pro
     `cache` is the folder of dense models' states. Raises LearnError, RunError, ModelError; what the run folder holds
     is then intact, and the same plan goes on from it.
     """
+    select(plan.device)
     steps, selections = _length(plan, run, report)
     recipe = replace(plan.order.recipe, selections=selections)
     drawn = plan.learn.select(torch.arange(pool(steps, plan.learn, recipe)))

@@ -1,7 +1,8 @@
 """The learning loop: steps, selection, and a state from which a killed run goes on to the same bits.
 
 Everything that a step depends on is in the state or a function of seed and step, so how often a state is saved changes
-nothing. Knows forms, windows and losses; knows no file format, no command and no clock beyond when to save.
+nothing. On CUDA, where fused attention adds its slopes up in any order, the last bits may differ all the same. Knows
+forms, windows and losses; knows no file format, no command and no clock beyond when to save.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What there is to report on: run folders, documents of `evaluate --json`, and the measurements of a registry.
 
-    a run folder whose command is compress, learn, transfer or evaluate, with its figures; others say nothing here
+    a run folder of the commands compress, learn, transfer, evaluate, control, with its figures; others say nothing here
     a JSON document with `nll_sum`: what `evaluate --json` printed, wherever it lies in the folders
 
 Nothing is computed here and nothing is filled in. Knows files and the registry; knows no table.
@@ -41,7 +41,7 @@ class Record:
 
     @property
     def kind(self) -> str:
-        """compress, learn, transfer or evaluate."""
+        """The command, as its config names it."""
         return str(self.config.get("command"))
 
 

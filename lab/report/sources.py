@@ -13,44 +13,32 @@ class Sources:
     """Numbers records in the order in which they are cited."""
 
     def __init__(self) -> None:
-        self._numbers: dict[str, int] = {}
-        self._rows: list[list[str]] = []
+        self._rows: dict[tuple[str, ...], int] = {}
 
     def cite(self, record: Record) -> str:
         """`[3]`."""
-        return self._number(record.name, [record.command, *_told(record)])
+        return self._number(record.command, *_told(record))
 
     def cite_measured(self, measured: Measured) -> str:
         """A measurement that only the registry knows."""
-        name = f"registry: {measured.version.task}@{measured.version.version}"
-        told = [GAP, "prompt", measured.version.digest, measured.measurement.dataset]
-        return self._number(
-            f"{name} {measured.measurement.dataset}",
-            [
-                "promptstitch transfer, or a client",
-                *told[:1],
-                " ".join(told[1:3]),
-                f"data {told[3]}",
-                str(measured.measurement.scored_tokens or GAP),
-                name,
-            ],
-        )
+        version, told = measured.version, measured.measurement
+        what = (f"prompt {version.digest}", f"data {told.dataset}", str(told.scored_tokens or GAP))
+        where = f"registry: {version.task}@{version.version}"
+        return self._number("promptstitch transfer, or a client", GAP, *what, where)
 
     def section(self, evidence: Evidence) -> Section:
         """All that was cited, the machines, and what could not be used."""
         columns = ("source", "command", "seed", "digests of what was measured", "data", "scored tokens", "run")
-        tables = [Table("Where each figure comes from", columns, self._rows), _machines(evidence.records)]
+        rows = [[f"[{number}]", *row] for row, number in self._rows.items()]
+        tables = [Table("Where each figure comes from", columns, rows), _machines(evidence.records)]
         if evidence.unusable:
             tables.append(
                 Table("Of these nothing is shown", ("run", "why"), [list(each) for each in evidence.unusable])
             )
         return Section("Sources", (), tables)
 
-    def _number(self, name: str, row: Sequence[str]) -> str:
-        if name not in self._numbers:
-            self._numbers[name] = len(self._numbers) + 1
-            self._rows.append([f"[{self._numbers[name]}]", *row])
-        return f"[{self._numbers[name]}]"
+    def _number(self, *row: str) -> str:
+        return f"[{self._rows.setdefault(row, len(self._rows) + 1)}]"
 
 
 def _told(record: Record) -> list[str]:

@@ -82,15 +82,10 @@ def together(of_store: Sequence[Contender], of_files: Sequence[Contender]) -> li
     return [*of_store, *(each for each in of_files if each.prompt.digest not in known)]
 
 
-def record(registry: Registry, contender: Contender, measurement: Measurement) -> bool:
+def record(registry: Registry, task: str, version: int, measurement: Measurement) -> None:
     """Write a measurement of a version down, unless it stands there already. Raises StoreError."""
-    if contender.task is None or contender.version is None:
-        return False
-    task, version = contender.task, contender.version
-    if measurement in registry.measurements(task, version):
-        return False
-    registry.add(task, version, measurement)
-    return True
+    if measurement not in registry.measurements(task, version):
+        registry.add(task, version, measurement)
 
 
 def served(registry: Registry, task: str, on: Served) -> dict[str, Any]:

@@ -52,8 +52,8 @@ class Registry(Protocol):
 class StoreRegistry:
     """See `Registry`. The store stays its opener's to close."""
 
-    def __init__(self, store: PromptStore) -> None:
-        self._store = store
+    def __init__(self, store: PromptStore, by: Actor = RECORDER) -> None:
+        self._store, self._by = store, by
 
     def tasks(self, base: str | None = None) -> Iterator[str]:
         return (each.task for each in _every(partial(self._store.versions.tasks, base=base)))
@@ -70,7 +70,7 @@ class StoreRegistry:
         return (each.measurement for each in _every(partial(self._store.measurements.list, task, version)))
 
     def add(self, task: str, version: int, measurement: Measurement) -> None:
-        self._store.measurements.add(task, version, measurement, by=RECORDER)
+        self._store.measurements.add(task, version, measurement, by=self._by)
 
     def resolve(self, task: str, on: Served) -> Resolution:
         return self._store.resolve(Query(Reference(task)), on).resolution

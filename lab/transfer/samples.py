@@ -83,11 +83,14 @@ def samples(
 ) -> list[Sample]:
     """Those of all data sets, each once; `learned` as for `parts`. Raises DataError."""
     bos = set(layouts)
-    return [
+    drawn = [
         sample(name.removesuffix(f":{part}"), part, found, tokenizer, length, bos, most=most)
         for name in dict.fromkeys(names)
         for part, found in parts(name, root, learned).items()
     ]
+    if len({(each.data, each.split) for each in drawn}) < len(drawn):
+        raise DataError("--data names one split of the same data twice; give it once")
+    return drawn
 
 
 def sample(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.responses import Response
 
+from engine.api import EngineInfo
 from prompts_store.records import Alias
 from server.auth import caller_of
 from server.bodies import JsonBody
@@ -31,13 +32,13 @@ IfMatch = Annotated[str | None, Header(max_length=256, description="the ETag tha
 async def show(
     request: Request, task: Task, alias: AliasName, level: LevelFilter = None, base: BaseFilter = None
 ) -> Response:
-    """What the alias points to at this level of this base, those that are served if none are given."""
+    """What the alias points to at this level of this base.
+
+    Without a level, the alias at the served one, else the only one of this name.
+    """
     services = services_of(request)
-    info = services.host.engine.info
-    found = await services.registry.read(
-        "alias", services.store.aliases.get, task, alias, base=base or info.base, level=level or info.level
-    )
-    return _answer(found)
+    place = _place(services.host.engine.info, level, base)
+    return _answer(await services.registry.read("alias", services.store.aliases.get, task, alias, **place))
 
 
 @router.put(
@@ -84,21 +85,23 @@ async def delete(
     base: BaseFilter = None,
     if_match: IfMatch = None,
 ) -> Response:
-    """Take the alias away at this level of this base, those that are served if none are given."""
+    """Take away the alias that GET shows."""
     services = services_of(request)
-    info = services.host.engine.info
     await services.registry.change(
         "delete_alias",
         task,
         services.store.aliases.delete,
         task,
         alias,
-        base=base or info.base,
-        level=level or info.level,
+        **_place(services.host.engine.info, level, base),
         expected=_revision(if_match),
         by=caller_of(request).actor,
     )
     return Response(status_code=204)
+
+
+def _place(info: EngineInfo, level: str | None, base: str | None) -> dict[str, Any]:
+    return {"base": base or info.base, "level": level or info.level, "any_level": level is None}
 
 
 def _answer(alias: Alias, status: int = 200) -> Response:

@@ -81,11 +81,7 @@ def _reference(body: GenerateBody) -> Reference | None:
         raise ApiError(400, error.code, error.message, param="/task") from error
     if body.prompt is None:
         return None if task is None else Reference(task)
-    try:
-        reference = parse_reference(body.prompt)
-    except BadReference as error:
-        message = f"{error.message}. `prompt` names the soft prompt; the text to continue goes in `text`"
-        raise ApiError(400, error.code, message, param="/prompt") from error
+    reference = parse_reference(body.prompt)
     if task is not None and task != reference.task:
         message = f"prompt is one of task {reference.task}, but task says {task}: give one of them, or let them agree"
         raise ApiError(400, "invalid_value", message, param="/prompt")

@@ -80,11 +80,15 @@ def _named(store: PromptStore, info: EngineInfo) -> Iterator[tuple[str, int]]:
         yield from ((task.task, _unix(task.updated_at)) for task in tasks.items)
         if (after := tasks.next) is None:
             break
+    changed: dict[str, int] = {}  # a name may be there at several levels
     while True:
-        aliases = store.aliases.list(limit=MAX_PAGE, after=after, base=info.base, level=info.level)
-        yield from ((f"{alias.task}:{alias.name}", _unix(alias.updated_at)) for alias in aliases.items)
+        aliases = store.aliases.list(limit=MAX_PAGE, after=after, base=info.base)
+        for alias in aliases.items:
+            name = f"{alias.task}:{alias.name}"
+            changed[name] = max(changed.get(name, 0), _unix(alias.updated_at))
         if (after := aliases.next) is None:
             break
+    yield from changed.items()
 
 
 def _model(services: Services, info: EngineInfo, name: str, created: int, parent: str | None) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from prompts_store.errors import BadReference
+from prompts_store.reference import parse_reference
 from server.schemas.common import (
     MAX_REFERENCE,
     Answer,
@@ -22,6 +24,16 @@ from server.schemas.sampling import SamplingFields
 Named = Annotated[str, Field(min_length=1, max_length=MAX_REFERENCE)]
 
 
+def _is_reference(value: object) -> object:
+    """Told before all else that may be wrong with the body: most who get this wrong put their text here."""
+    try:
+        parse_reference(str(value))
+    except BadReference as error:
+        message = f"{error.message}. `prompt` names the soft prompt; the text to continue goes in `text`"
+        raise refuse("/prompt", message, error.code) from error
+    return value
+
+
 class GenerateBody(SamplingFields):
     """`text` or `messages`; `task` or `prompt` names what to stitch in front."""
 
@@ -30,7 +42,10 @@ class GenerateBody(SamplingFields):
     text: Text | None = None
     messages: Messages | None = None
     task: Named | None = None
-    prompt: Annotated[Named, Field(description="task, task@3, task:alias or task@sha256:…")] | None = None
+    prompt: (
+        Annotated[Named, BeforeValidator(_is_reference), Field(description="task, task@3, task:alias, task@sha256:…")]
+        | None
+    ) = None
     resolution: Policy | None = None
     soft_tokens: SoftTokens | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -167,6 +167,7 @@ NEUTRAL = frozenset(
     for fields in (OpenAIFields, ChatNeutralFields, CompletionNeutralFields, VllmNeutralFields)
     for name in fields.model_fields
 ) - {"user", "metadata", "stream_options", "safety_identifier", "prompt_cache_key", "prompt_cache_retention"}
+NEUTRAL |= {"stream_options.include_obfuscation"}
 
 
 def _or(value: float | None, default: float) -> float:

@@ -16,6 +16,7 @@ from engine.served import ServedModel
 from llama.config import LlamaConfig
 from llama.rope import Rope, rotate, unrotate
 from prompts_store.file import PromptFile, read_prompt, write_prompt
+from prompts_store.peft import read_peft_directory
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
@@ -67,6 +68,10 @@ def test_what_peft_learned_is_served_as_peft_generates(answer, model, base, engi
     told = answer("prompts", "import-peft", tmp_path / "adapter", *FILED, "--model", model, "--out", out)
     assert (told["kind"], told["num_virtual_tokens"], told["base"]) == ("kv", N, base)
     prompt = read_prompt(out).prompt
+    sent = read_peft_directory(
+        tmp_path / "adapter", default_base=base, unrotate=engine.unrotate
+    )  # as an upload is read
+    assert sent.prompt.digest == prompt.digest
     for text in TEXTS:
         assert served(engine, text, prompt) == spoken(theirs, text) != served(engine, text, None)
 

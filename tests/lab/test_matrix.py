@@ -11,6 +11,8 @@ import pytest
 import torch
 
 import lab.matrix
+from lab.data.named import documents
+from lab.data.splits import split
 from lab.estimate import memory, resident_bits
 from lab.learn.compute import choose_compute
 from lab.learn.recipe import read_recipe
@@ -83,7 +85,7 @@ def test_every_cell_is_carried_out_and_a_second_call_does_nothing(command, table
     assert {each["state"] for each in cells.values()} == {"finished"}
     assert cells["w3g64.rows.small.letters.0"]["dense"] is not None
     assert set(cells["w3g64.rows.small.letters.0"]) >= {"perplexity", "without", "share", "kl_share", "unseen.jsonl"}
-    control = cells["w4g64-s50.norms.small.letters.0"]  # leaves figures alone, of the very same kind
+    control = cells["w4g64-s50.norms.small.letters.0"]  # figures without a prompt, of the very same kind
     assert control["without"] == pytest.approx(cells["w4g64-s50.kv.small.letters.0"]["without"])
     assert control["perplexity"] != control["without"]
     assert control["kl_share"] is not None
@@ -137,6 +139,10 @@ def test_data_that_was_learned_from_is_not_reported_on_whole(command, table, pag
     told = command("matrix", table(RUNS, also=pages), "--root", tmp_path / "root", "--json")
     assert told.exit_code == 1
     assert f"{pages}:report is what a prompt was learned from" in json.loads(told.stdout)["cells"][0]["error"]
+    learned = [each.text for each in split(documents(str(pages))).parts["learn"]]
+    some = _file(tmp_path / "some.jsonl", "".join(json.dumps({"text": text}) + "\n" for text in learned))
+    told = command("matrix", table(RUNS, also=some), "--root", tmp_path / "root", "--json")
+    assert "shares words in a row with what is learned from" in json.loads(told.stdout)["cells"][0]["error"]
 
 
 def _file(path: Path, text: str) -> Path:

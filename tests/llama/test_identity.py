@@ -9,9 +9,10 @@ from support.checkpoints import model, packed, save
 
 from llama.errors import ModelError, UnsupportedModel
 from llama.fingerprint import base_digest, derived_weights, weights_digest
-from llama.identity import identify
+from llama.identity import identify, names_itself
 from llama.load import info, load
 from llama.manifest import FILE, Manifest
+from llama.pull import pull
 
 BASE, WEIGHTS, OTHER = ("sha256:" + digit * 64 for digit in "123")
 
@@ -138,3 +139,16 @@ def test_info_refuses_what_load_would(tmp_path):
     config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "awq"}}))
     with pytest.raises(UnsupportedModel, match="awq"):
         info(tmp_path)
+
+
+def test_a_base_that_was_not_known_can_be_told_later(tmp_path, make_checkpoint):
+    """Its own fingerprint was in the manifest, and whoever named another one then was refused, or not heard."""
+    folder = make_checkpoint(config={"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}})
+    target = pull(str(folder), tmp_path / "copy")
+    assert names_itself(target)
+    base = "sha256:" + "a" * 64
+    pull(str(folder), target, base=base)
+    assert Manifest.read(target).base == base
+    assert not names_itself(target)
+    with pytest.raises(ModelError, match="--base is sha256:bbbb"):
+        pull(str(folder), target, base="sha256:" + "b" * 64)

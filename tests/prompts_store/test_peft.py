@@ -104,7 +104,7 @@ def test_other_kinds_are_refused_by_name(kind):
         read({**GOOD, "peft_type": kind})
     assert (refused.value.code, refused.value.field) == ("unsupported_peft_type", "peft_type")
     assert str(kind) in refused.value.message
-    assert ("promptstitch prompts import-peft" in refused.value.message) == (kind == "PREFIX_TUNING")
+    assert ("--model" in refused.value.message) == (kind == "PREFIX_TUNING")
 
 
 PREFIX = {"peft_type": "PREFIX_TUNING", "num_virtual_tokens": 2, "num_attention_heads": 2, "token_dim": 8}

@@ -245,6 +245,7 @@ def test_fields_without_effect_are_taken(served):
         (chat, "chat_template", "{{ messages }}"),
         (chat, "chat_template_kwargs", {"a": 1}),
         (chat, "reasoning_effort", "high"),
+        (chat, "stream_options", {"include_obfuscation": True}),
         (complete, "suffix", "end"),
         (complete, "best_of", 2),
         (complete, "use_beam_search", True),
@@ -260,7 +261,7 @@ def test_what_would_be_a_lie_is_refused_by_name(served, ask, field, value):
 @pytest.mark.parametrize("ask", [chat, complete])
 def test_an_unknown_field_is_refused_by_name(served, ask):
     told = ask(served, 400, guided_json={})["error"]
-    assert (told["code"], told["param"]) == ("unknown_parameter", "/guided_json")
+    assert (told["code"], told["param"]) == ("unsupported_parameter", "/guided_json")
 
 
 @pytest.mark.parametrize(

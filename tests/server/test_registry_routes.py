@@ -137,9 +137,23 @@ def test_delete_an_alias(fresh):
 def test_an_alias_lives_at_the_level_of_its_version(fresh):
     client, path = fresh.client, "/v1/prompts/deep/aliases/best"
     assert client.put(path, json={"version": 1}).json()["level"] == "w3g64"
-    assert client.get(path).status_code == 404  # not at the served level
+    assert client.get(path).json()["level"] == "w3g64"  # none of this name at the served level, and no other
+    assert client.get(path, params={"level": LEVEL}).status_code == 404
     assert client.get(path, params={"level": "w3g64"}).json()["version"] == 1
-    assert client.delete(path, params={"level": "w3g64"}).status_code == 204
+    assert "deep:best" in [model["id"] for model in client.get("/v1/models").json()["data"]]
+    assert client.delete(path, params={"level": LEVEL}).status_code == 404
+    assert client.delete(path).status_code == 204
+    assert client.get(path, params={"level": "w3g64"}).status_code == 404
+
+
+def test_an_alias_at_several_levels_is_told_apart_by_its_level(fresh):
+    client, path = fresh.client, "/v1/prompts/deep/aliases/best"
+    for seed, level in ((31, "w3g64"), (32, "w8g64")):
+        version, _ = fresh.store.push(prompt_file(seed, level=level), "deep")
+        client.put(path, json={"version": version.version})
+    assert client.get(path).status_code == 404
+    assert client.get(path, params={"level": "w8g64"}).json()["level"] == "w8g64"
+    assert [model["id"] for model in client.get("/v1/models").json()["data"]].count("deep:best") == 1
 
 
 @pytest.mark.parametrize("tag", ["7", 'W/"7"', '"7", "8"', '""', '"', "x" * 300])

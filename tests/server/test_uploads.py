@@ -164,6 +164,13 @@ def test_an_adapter_in_two_parts(fresh, by_field):
     assert (body["digest"], body["base_bound"]) == (soft_prompt(13).digest, True)
 
 
+def test_a_prefix_is_kept_as_kv(fresh):
+    config, _ = adapter(peft_type="PREFIX_TUNING", num_attention_heads=2)
+    files = {"adapter_config.json": config, "adapter_model.safetensors": plain(13, h=2 * 2 * 8)}
+    body = send_parts(fresh, {name: (name, content) for name, content in files.items()})
+    assert (body["kind"], body["num_virtual_tokens"], body["train"]["peft"]["type"]) == ("kv", 4, "PREFIX_TUNING")
+
+
 def test_a_large_adapter_goes_over_the_disk(tmp_path):
     """Beyond a megabyte the parts are in files while they come."""
     from support.fake_engine import FakeEngine
@@ -198,7 +205,7 @@ def test_other_parts(served, names, status, code):
     ("config", "code"),
     [
         ({"peft_type": "LORA"}, "unsupported_peft_type"),
-        ({"peft_type": "PREFIX_TUNING"}, "unsupported_peft_type"),
+        ({"peft_type": "PREFIX_TUNING"}, "invalid_adapter_config"),
         ({"num_virtual_tokens": 10**9}, None),
         ({"padding": "x" * 70_000}, "invalid_adapter_config"),
     ],

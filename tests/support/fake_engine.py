@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from engine.api import ContextTooLong, EngineClosed, EngineInfo, EngineStats, InvalidRequest, Overloaded, Sink
 from engine.request import (
     Event,
@@ -154,6 +156,9 @@ class FakeEngine:
     def check_prompt(self, prompt: SoftPrompt) -> None:
         if prompt.num_virtual_tokens > self.info.max_virtual_tokens:
             raise InvalidRequest("prompt", "too many soft tokens", "prompt_too_long")
+
+    def unrotate(self, keys: Tensor) -> Tensor:
+        return keys
 
     def stats(self) -> EngineStats:
         counts = self._counts

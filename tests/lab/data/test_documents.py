@@ -75,7 +75,11 @@ BAD = {
     "empty texts": ("a.jsonl", b'{"text": ""}\n', r"a\.jsonl is empty"),
     "not UTF-8": ("a.txt", b"good \xe9t\xe9", r"not UTF-8: byte 5 is 0xe9"),
     "not UTF-8 in JSON": ("a.jsonl", b'{"text": "ok"}\n{"text": "\xff"}', r"byte 25 is 0xff"),
-    "half JSON": ("a.jsonl", b'{"text": "ok"}\n{"text": "cut of', r"line 2 is not JSON .*one whole object"),
+    "half JSON": (
+        "a.jsonl",
+        b'{"text": "ok"}\n{"text": "cut of',
+        r"line 2 is not JSON .*each line must be one JSON object",
+    ),
     "half JSON after blanks": ("a.jsonl", b'\n\n{"text": ', r"line 3 is not JSON"),
     "a list": ("a.jsonl", b'["text"]\n', r"line 1 is list"),
     "too deep": ("a.jsonl", b"[" * 100_000, r"line 1 is not JSON"),

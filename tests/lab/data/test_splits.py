@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from lab.data.documents import DataError, Document, Turn
-from lab.data.splits import SHARES, grams, part_of, record, split
+from lab.data.splits import SHARES, apart, grams, part_of, record, split
 
 
 def made(count=400, sites=250, words=40, seed=0, name=""):
@@ -39,6 +39,19 @@ def test_parts_share_no_site_and_no_run_of_13_words():
     assert len(kept) + sum(splits.dropped.values()) == len(documents)
     assert sum(splits.dropped.values()) > 20
     assert splits.dropped["report"] == 0  # what is reported on loses nothing
+
+
+def test_other_data_leave_out_what_was_learned_from_and_not_what_is_written_in_its_form():
+    form = " ".join(f"please{i}" for i in range(20))
+    learned = [replace(document, text=f"{form} {document.text}") for document in made(40)]
+    copied = " ".join(learned[5].words.split()[30:50])
+    others = made(10, seed=1, name="other")
+    near = [
+        replace(others[0], text=f"{others[0].text} {copied}"),
+        *(replace(document, text=f"{form} {document.text}") for document in others[1:]),
+        learned[7],
+    ]
+    assert [document.id for document in apart(near, learned)] == [document.id for document in others[1:]]
 
 
 def test_shares_are_about_those_asked_for():

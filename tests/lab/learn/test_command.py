@@ -91,7 +91,9 @@ def test_a_control_leaves_figures_alone(kind, count, dense, pages, tmp_path):
     assert told["parameters"] == count
     assert told["best"]["loss"] <= told["first"]["loss"]
     assert not list((tmp_path / "run").glob("prompt*"))
-    assert "leaves figures alone" in refusal(dense, pages, tmp_path, "--kind", kind, "--out", tmp_path / "x")
+    assert "writes figures and no prompt file" in refusal(
+        dense, pages, tmp_path, "--kind", kind, "--out", tmp_path / "x"
+    )
 
 
 def test_a_prompt_is_learned_on_from_another(dense, pages, tmp_path):
