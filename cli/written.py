@@ -23,13 +23,13 @@ from prompts_store.prompt import Bos, SoftPrompt
 MAX_TEXT_KEPT = 8192  # bytes of the text that are kept in the recipe; of a longer one, its digest
 
 
-def written_prompt(text: str, folder: Path, task: str | None, level: str | None, base: str | None = None) -> PromptFile:
+def written_prompt(text: str, folder: Path, task: str | None, level: str | None) -> PromptFile:
     """The text's rows (N, H) for the model in `folder`, at `level` or else the checkpoint's own.
 
     A BOS that the tokenizer puts before plain text comes first of all, before the rows of the prompt: it becomes the
     first row, and the layout says that no other follows. Raises CommandError, ModelError, InvalidArtifact.
     """
-    identity = info(folder, base=base).identity
+    identity = info(folder).identity
     tokenizer = HubTokenizer(folder)
     ids = tokenizer.encode(text, bos="none")
     if not ids:

@@ -39,10 +39,11 @@ class EngineOptions:
     def num_pages(self, model: Llama) -> int:
         """Pages that the budget buys. Raises ValueError if it buys no useful number."""
         page_bytes = KVPages.bytes_per_page(model.config, self.page_size, model.dtype)
-        pages = (self.kv_bytes or self._default_bytes(model)) // page_bytes
+        budget = self.kv_bytes or self._default_bytes(model)
+        pages = budget // page_bytes
         if pages < 8:
             raise ValueError(
-                f"the KV budget of {self.kv_bytes} bytes holds {pages} pages of {page_bytes} bytes; "
+                f"the KV budget of {budget} bytes holds {pages} pages of {page_bytes} bytes; "
                 f"at least 8 are needed: raise --kv-memory to {8 * page_bytes} bytes or more"
             )
         most = self.max_running * -(-(model.config.max_len + self.max_virtual_tokens) // self.page_size)

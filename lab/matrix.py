@@ -32,7 +32,7 @@ from lab.plan import Order, Places, Plan
 from lab.progress import Report
 from lab.prove import Material, prove
 from lab.recover import PROMPT, compress, planned, recover, subject
-from lab.run import open_run
+from lab.run import FIGURES, open_run
 from lab.table import DENSE, Cell, Table, TableError
 from lab.transfer.samples import parts, sample
 from lab.whole import Whole
@@ -261,7 +261,7 @@ def _summary(figures: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _figures(folder: Path) -> dict[str, Any]:
-    file = folder / "figures.json"
+    file = folder / FIGURES
     return read_json(file) if file.exists() else {}
 
 

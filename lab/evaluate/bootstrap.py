@@ -91,6 +91,6 @@ def difference(one: Tensor, other: Tensor, windows: Windows, *, seed: int = 0) -
     return estimate(by_document([one, other], windows), lambda means: means[0] - means[1], seed=seed)
 
 
-def not_inferior(excess: Estimate, margin: float = MARGIN) -> bool | None:
-    """Whether the whole interval of a loss above the dense one's lies within the margin; None without one."""
-    return None if excess.high is None else excess.high <= margin
+def not_inferior(excess: Estimate) -> bool | None:
+    """Whether the whole interval of a loss above the dense one's lies within MARGIN; None without one."""
+    return None if excess.high is None else excess.high <= MARGIN

@@ -13,7 +13,7 @@ functions of losses; knows no model.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -64,10 +64,7 @@ class Recovery:
 
     def told(self) -> Mapping[str, Any]:
         """As JSON."""
-        return {
-            name: value if isinstance(value, bool | None) else Estimate(**value).told()
-            for name, value in asdict(self).items()
-        }
+        return {name: value.told() if isinstance(value, Estimate) else value for name, value in vars(self).items()}
 
 
 def recovery(

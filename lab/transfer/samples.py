@@ -102,9 +102,8 @@ def sample(
     layouts: Iterable[Bos],
     *,
     most: int | None = None,
-    seed: int = 0,
 ) -> Sample:
-    """Windows of `length` text tokens, at most `most` of them, drawn by the seed. Raises DataError."""
+    """Windows of `length` text tokens, at most `most` of them, drawn by lot, the same every time. Raises DataError."""
     plain = cut(found, tokenizer, length, bos="none")
     cuts: dict[Bos, Windows] = {"none": plain}
     for bos in {*layouts, UNPROMPTED} - {"none"}:
@@ -113,7 +112,7 @@ def sample(
             raise DataError(
                 f"{data}: in layout {bos} the tokenizer gives other text tokens, so that losses do not compare"
             )
-    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(plain), generator=torch.Generator().manual_seed(0))
     return Sample(data, part, cuts, order[:most])
 
 

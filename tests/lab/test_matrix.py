@@ -290,6 +290,10 @@ def test_bits_in_memory(level, bits):
             'model = "x"\n[tasks.a]\ndata = "c4"\n[[runs]]\nlevels = ["w3g64"]\nkinds = ["x"]\ntasks = ["a"]',
             "none of rows",
         ),
+        (
+            'model = "x"\nbos = "after-prompt"\n[tasks.a]\ndata = "c4"\n[[runs]]\nlevels = ["w3g64"]\ntasks = ["a"]',
+            "bos: 'after-prompt' is none of tokenizer",
+        ),
         ("model = ", "cannot be read as TOML"),
     ],
 )

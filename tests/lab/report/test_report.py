@@ -136,6 +136,16 @@ def test_every_digest_and_every_command_is_named(whole):
         assert sys.argv[0].rpartition("/")[2] in text  # the command line that made the runs
 
 
+def test_runs_of_one_name_in_two_folders_are_two_sources(tmp_path):
+    """Both were cited as the first."""
+    folders = [Runs(tmp_path / name) for name in "ab"]
+    for seed, runs in enumerate(folders):
+        runs.evaluated("report", **evaluation(PROMPTS[seed], recovery=recovery(0.61, 0.53)))
+    found = page_of(gather([runs.root for runs in folders], None))
+    assert column(table(found, "Where each figure comes from"), "source") == ["[1]", "[2]"]
+    assert set(column(table(found, "What a prompt brings back"), "source")) == {"[1]", "[2]"}
+
+
 def test_the_three_measures_stand_side_by_side_and_seeds_apart(whole):
     found = table(page(whole), "What a prompt brings back")
     assert column(found, "(c) KL closed") == [

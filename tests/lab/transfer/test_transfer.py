@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import random
+
 import pytest
 import torch
 from support.checkpoints import model as reference
@@ -15,7 +18,7 @@ from lab.progress import silent
 from lab.run import open_run
 from lab.transfer import transfer as module
 from lab.transfer.prompts import Contender
-from lab.transfer.samples import parts, sample
+from lab.transfer.samples import parts, sample, samples
 from lab.transfer.transfer import models_of, transfer
 from llama.config import LlamaConfig
 from llama.errors import ModelError
@@ -173,3 +176,14 @@ def test_data_is_dealt_by_site_or_all_of_one_kind(tmp_path):
     assert (split, len(found), rest) == ("report", 1, [])
     with pytest.raises(DataError, match=r"lone.txt:report"):
         parts(str(lone))
+
+
+def test_one_split_of_the_same_data_is_given_once(tmp_path):
+    """Both were kept under one name, and the sums of the one went on with windows of the other."""
+    dice, file = random.Random(0), tmp_path / "pages.jsonl"
+    texts = [" ".join(f"w{dice.randrange(10**6)}" for _ in range(20)) for _ in range(60)]
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    asked = (None, ByteTokenizer(), 16, ["tokenizer"], None)
+    assert [each.split for each in samples([str(file)], *asked)] == ["select", "report"]
+    with pytest.raises(DataError, match="give it once"):
+        samples([str(file), f"{file}:report"], *asked)
