@@ -79,6 +79,8 @@ def import_peft(
     if task is None:
         raise CommandError("an adapter names no task; say --task, or --out to write a file", usage=True)
     with open_registry(url, key, store, config, model) as registry:
+        if model is not None and url is not None:  # held against it here: a server knows its own base alone
+            return _push(_adapter(directory, task, level, bos, model), registry, as_json)
         source = Source(directory / WEIGHTS_NAME, directory / CONFIG_NAME)
         return tell_pushed(registry.push(source, task, level, bos), as_json)
 

@@ -36,7 +36,7 @@ def _rows(path: Path) -> Tensor:
     except Exception as error:  # whatever a file can do to a reader of archives and pickles
         why = f"{error}".strip().partition("\n")[0] or type(error).__name__
         raise CommandError(f"{path} is no checkpoint of tensors, and nothing else is let in: {why}") from error
-    state: Any = held._parameters if isinstance(held, nn.Embedding) else held
+    state: Any = vars(held).get("_parameters") if isinstance(held, nn.Embedding) else held
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]
     found = []

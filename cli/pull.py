@@ -25,5 +25,5 @@ def pull(name: Name, to: To = None, revision: Revision = None, base: Base = "", 
 
     with progress(quiet=as_json) as steps:
         folder = fetch(name, to, steps, revision, base)
-    notes = [UNKNOWN_BASE] if names_itself(folder) else []
+    notes = [UNKNOWN_BASE] if not base and names_itself(folder) else []
     tell(describe(folder) | {"notes": notes}, as_json)

@@ -14,7 +14,6 @@ from functools import partial
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.device import sent
@@ -152,7 +151,7 @@ def look(
     """
     k, v = _gathered(keys, values, tables)
     mask = unseen(lengths, k.shape[2], q.dtype) if mask is None else mask
-    out = F.scaled_dot_product_attention(q.view(q.shape[0], k.shape[1], -1, q.shape[2]), k, v, attn_mask=mask)
+    out = attention(q.view(q.shape[0], k.shape[1], -1, q.shape[2]), k, v, mask)
     return out.flatten(1)
 
 

@@ -44,7 +44,8 @@ class EngineOptions:
         if pages < 8:
             raise ValueError(
                 f"the KV budget of {budget} bytes holds {pages} pages of {page_bytes} bytes; "
-                f"at least 8 are needed: raise --kv-memory to {8 * page_bytes} bytes or more"
+                f"at least 8 are needed: raise --kv-memory to {8 * page_bytes} bytes or more, or lower --max-running "
+                "or --max-model-len"
             )
         most = self.max_running * -(-(model.config.max_len + self.max_virtual_tokens) // self.page_size)
         return min(pages, most + 8)

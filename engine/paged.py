@@ -87,7 +87,7 @@ def look(q: Tensor, keys: Tensor, values: Tensor, tables: Tensor, lengths: Tenso
     q = q if q.stride()[1:] == (dim, 1) else q.contiguous()
     parts, shared = -(-columns * page // STRETCH), heads // kv_heads
     sums = q.new_empty(tokens, heads, parts, dim, dtype=torch.float32)
-    tops, totals = sums.new_empty(2, tokens, heads, parts).unbind()
+    tops, totals = sums.new_empty(tokens, heads, parts), sums.new_empty(tokens, heads, parts)  # both aligned
     out = q.new_empty(tokens, heads * dim)
     scale = math.log2(math.e) * dim**-0.5
     rows = max(LEAST, triton.next_power_of_2(shared))

@@ -106,18 +106,17 @@ class Aliases(Repository):
         *,
         base: str,
         level: str,
-        any_level: bool = False,
         expected: str | None = None,
         by: Actor = LOCAL,
     ) -> None:
-        """The one that `get` gives. Raises NotFound; PreconditionFailed for a revision that is stale; StorageFull."""
+        """Raises NotFound; PreconditionFailed for a revision that is stale; StorageFull."""
         with self.database.write() as session:
-            row = self._row(session, task, name, base, level, any_level)
+            row = self._row(session, task, name, base, level)
             _check_revision(row, expected)
-            self._log.write(session, by, "alias.delete", f"{task}:{name} {row.level} {base}", str(row.version), None)
+            self._log.write(session, by, "alias.delete", f"{task}:{name} {level} {base}", str(row.version), None)
             session.delete(row)
 
-    def _row(self, session: Session, task: str, name: str, base: str, level: str, any_level: bool) -> AliasRow:
+    def _row(self, session: Session, task: str, name: str, base: str, level: str, any_level: bool = False) -> AliasRow:
         row = session.get(AliasRow, (self.namespace, task, name, level, base))
         if row is None and any_level:
             query = select(AliasRow).where(AliasRow.namespace == self.namespace, AliasRow.task == task)

@@ -9,6 +9,7 @@ Nothing is computed here and nothing is filled in. Knows files and the registry;
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,11 +74,14 @@ def gather(folders: Sequence[Path], registry: Registry | None) -> Evidence:
     for folder in folders:
         if not folder.is_dir():
             raise RunError(f"there is no folder {folder}; name folders with runs in them")
+    whole = [folder.resolve() for folder in folders]
+    root = Path(os.path.commonpath(whole)) if whole else Path()  # of two folders, runs of one name stay two
+    for folder in whole:
         for file in sorted(folder.rglob("*.json")):
             if (file.parent / "tokenizer.json").exists():
                 continue  # a checkpoint
-            name = str((file.parent if file.name == CONFIG else file).relative_to(folder))
-            name = folder.name if name == "." else name
+            name = str((file.parent if file.name == CONFIG else file).relative_to(root))
+            name = root.name if name == "." else name
             try:
                 records += _records(file, name)
             except (ValueError, OSError, RunError) as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Depends, Header, Query, Request
 from starlette.responses import Response
@@ -38,7 +38,10 @@ async def show(
     """
     services = services_of(request)
     place = _place(services.host.engine.info, level, base)
-    return _answer(await services.registry.read("alias", services.store.aliases.get, task, alias, **place))
+    found = await services.registry.read(
+        "alias", services.store.aliases.get, task, alias, **place, any_level=level is None
+    )
+    return _answer(found)
 
 
 @router.put(
@@ -85,7 +88,7 @@ async def delete(
     base: BaseFilter = None,
     if_match: IfMatch = None,
 ) -> Response:
-    """Take away the alias that GET shows."""
+    """Take the alias away at this level of this base, those that are served if none are given."""
     services = services_of(request)
     await services.registry.change(
         "delete_alias",
@@ -100,8 +103,8 @@ async def delete(
     return Response(status_code=204)
 
 
-def _place(info: EngineInfo, level: str | None, base: str | None) -> dict[str, Any]:
-    return {"base": base or info.base, "level": level or info.level, "any_level": level is None}
+def _place(info: EngineInfo, level: str | None, base: str | None) -> dict[str, str]:
+    return {"base": base or info.base, "level": level or info.level}
 
 
 def _answer(alias: Alias, status: int = 200) -> Response:

@@ -142,7 +142,9 @@ def test_runs_of_one_name_in_two_folders_are_two_sources(tmp_path):
     for seed, runs in enumerate(folders):
         runs.evaluated("report", **evaluation(PROMPTS[seed], recovery=recovery(0.61, 0.53)))
     found = page_of(gather([runs.root for runs in folders], None))
-    assert column(table(found, "Where each figure comes from"), "source") == ["[1]", "[2]"]
+    sources = table(found, "Where each figure comes from")
+    assert column(sources, "source") == ["[1]", "[2]"]
+    assert column(sources, "run") == ["a/report", "b/report"]
     assert set(column(table(found, "What a prompt brings back"), "source")) == {"[1]", "[2]"}
 
 
