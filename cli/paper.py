@@ -34,8 +34,10 @@ def _rows(path: Path) -> Tensor:
         with torch.serialization.safe_globals([nn.Embedding]):
             held = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a file can do to a reader of archives and pickles
-        why = f"{error}".strip().partition("\n")[0] or type(error).__name__
-        raise CommandError(f"{path} is no checkpoint of tensors, and nothing else is let in: {why}") from error
+        message = (
+            f"{path} is no file of torch.save, or holds more than tensors and nn.Embedding: nothing else is let in"
+        )
+        raise CommandError(message) from error
     state: Any = vars(held).get("_parameters") if isinstance(held, nn.Embedding) else held
     if isinstance(state, dict) and isinstance(state.get("model"), dict):
         state = state["model"]

@@ -23,7 +23,7 @@ class EngineOptions:
     """Sizes in tokens unless said."""
 
     page_size: int = 16
-    kv_bytes: int | None = None  # None = 2 GiB on the CPU, 90 % of the free memory on CUDA
+    kv_bytes: int | None = None  # None = 2 GiB on the CPU; see `_default_bytes` for CUDA
     kept_folder: Path | None = None  # where prefixes of soft prompts are kept; None = nowhere
     kept_bytes: int = 1 << 30  # of them
     max_running: int = 256  # sequences in a batch

@@ -100,14 +100,7 @@ class Aliases(Repository):
             return _record(alias), row is None
 
     def delete(
-        self,
-        task: str,
-        name: str,
-        *,
-        base: str,
-        level: str,
-        expected: str | None = None,
-        by: Actor = LOCAL,
+        self, task: str, name: str, *, base: str, level: str, expected: str | None = None, by: Actor = LOCAL
     ) -> None:
         """Raises NotFound; PreconditionFailed for a revision that is stale; StorageFull."""
         with self.database.write() as session:

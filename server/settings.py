@@ -95,7 +95,7 @@ class Settings(BaseSettings):
         1e4, gt=0, le=1e30, description="largest norm of a prompt's row, in largest norms of the embedding table's"
     )
     kv_memory: ByteSize | None = Field(
-        None, gt=0, description="bytes of the KV cache, else 2 GiB or 90 % of a GPU's rest"
+        None, gt=0, description="bytes of the KV cache, else 2 GiB, or 90 % of a GPU's rest less what steps take"
     )
     kv_disk: ByteSize = Field(
         ByteSize(1024 * MIB), ge=0, description="bytes of prompts' keys and values kept on disk; 0 keeps none"
