@@ -1,4 +1,4 @@
-"""Products in 8-bit integers, several times as fast as fp32 on a CPU with AVX-512 VNNI: for learning, not for answers.
+"""Products in 8-bit integers, faster than fp32's where `Kernels.multiplies_integers`: for learning, not for answers.
 
 Weights and inputs are rounded in groups of 64 that share a scale (LLM.int8(), Dettmers et al. 2022, shares one by row),
 so a product is off by about 1 % of its size. A weight that was already on a grid of up to 4 bits stays what it is.

@@ -188,15 +188,17 @@ def choose_compute(name: str | None, dtype: torch.dtype, device: torch.device, l
     if kernels is not None and kernels.multiplies_integers:
         return "int8" if name == "int8" or of_integers(level) else plain
     if name == "int8":
-        raise UnsupportedModel("compute int8 needs dtype bfloat16, a CPU with AVX-512 VNNI, and the package's kernels")
+        raise UnsupportedModel(
+            "compute int8 needs dtype bfloat16, a CPU with AVX-512 VNNI or AVX2, and the package's kernels"
+        )
     return plain
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the hardware multiplies it, else fp32. Raises UnsupportedModel."""
+    """`auto` is bf16 where the hardware multiplies it, or our kernels do, else fp32. Raises UnsupportedModel."""
     if name == "auto":
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast else torch.float32
+        return torch.bfloat16 if fast or native.kernels() is not None else torch.float32
     if name not in DTYPES:
         raise UnsupportedModel(f"dtype is {name!r}; supported: auto, {', '.join(DTYPES)}")
     return DTYPES[name]

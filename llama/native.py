@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+LIBRARIES = ("_kernels", "_kernels_avx2")  # the faster first
 PANEL = 32  # outputs of a panel of weights
 GROUP = 64  # inputs that share a scale in `llama.integers`
 SHARE = 32  # what the groups of a product of integers are multiples of
@@ -157,10 +158,10 @@ class Kernels:
     ) -> Tensor:
         x = x.contiguous()
         (m, k), y = x.shape, x.new_empty(x.shape[0], out_features)
-        packed = (panels.data_ptr(), *(None if t is None else t.data_ptr() for t in (scales, offsets, values)), group)
+        packed = [None if t is None else t.data_ptr() for t in (panels, scales, offsets, values)]
         b = None if bias is None else bias.data_ptr()
         kept = 0 if scales is None else SCALES.index(scales.dtype)
-        self._call["gemm"](bits, kept, _wide(x), x.data_ptr(), *packed, b, m, out_features, k, y.data_ptr())
+        self._call["gemm"](bits, kept, _wide(x), x.data_ptr(), *packed, group, b, m, out_features, k, y.data_ptr())
         return y
 
     def integers(self, x: Tensor, weights: Integers, bias: Tensor | None, out_features: int) -> Tensor:
@@ -247,8 +248,13 @@ def unpanelled(panels: Tensor, out_features: int) -> Tensor:
 
 @cache
 def kernels() -> Kernels | None:
-    """The kernels, or None where they were not built or this CPU does not run them."""
-    spec = importlib.util.find_spec("llama._kernels")
+    """The best kernels for this CPU, or None where none were built or it runs none."""
+    return next((found for name in LIBRARIES if (found := built(name))), None)
+
+
+def built(name: str) -> Kernels | None:
+    """Those of one library, or None where it was not built or this CPU does not run it."""
+    spec = importlib.util.find_spec(f"llama.{name}")
     if spec is None or spec.origin is None:
         return None
     library = ctypes.CDLL(spec.origin)

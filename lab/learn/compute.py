@@ -36,7 +36,7 @@ def choose_compute(name: str, device: torch.device) -> str:
         if device.type == "cpu" and (kernels := native.kernels()) and kernels.multiplies_integers:
             return "int8"
         if name == "int8":
-            raise LearnError("compute is 'int8', which needs a CPU with AVX-512 VNNI and the kernels; choose float32")
+            raise LearnError("compute is 'int8', which needs AVX-512 VNNI or AVX2, and the kernels; choose float32")
         return "float32"
     return name
 

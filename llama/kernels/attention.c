@@ -19,7 +19,6 @@
 #define ROWS 96  /* of a task, about: what is laid out is read so many times, and all of it stays in the second cache */
 #define HEADS 4  /* KV heads at once where a token stands alone: they lie together, and are read as one piece */
 #define AHEAD 32 /* positions that are asked for early; at most KEYS */
-#define TILE 12  /* rows at once: 24 sums, which leaves registers for two vectors of a panel and an input */
 
 /* What a task keeps beside each other. Rows of q, weights and panels are of 32 bits: one fp32 or two bf16. */
 struct room {
@@ -108,11 +107,11 @@ INLINE void over(const int rows, const enum kind kind, const uint32_t *x, long s
 
 #define CASE(n) case n: return over(n, kind, x, stride, panel, count, chains, factors, sums, apart);
 #define EVERY(name, kind_)                                                                                              \
-    AVX512 static void name(long rows, const uint32_t *x, long stride, const uint32_t *panel, long count, long chains,  \
+    VECTORS static void name(long rows, const uint32_t *x, long stride, const uint32_t *panel, long count, long chains,  \
                             const float *factors, float *sums, long apart) {                                            \
         const enum kind kind = kind_;                                                                                   \
         switch (rows) {                                                                                                 \
-            CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8) CASE(9) CASE(10) CASE(11)                   \
+            UP_TO_TILE(CASE)                                                                                           \
             default: return over(TILE, kind, x, stride, panel, count, chains, factors, sums, apart);                    \
         }                                                                                                               \
     }
@@ -152,8 +151,13 @@ INLINE void weigh(const enum kind kind, const struct room *room, long r, long se
         __m512 weight = power_of_two(_mm512_mul_ps(_mm512_sub_ps(_mm512_loadu_ps(room->scores + r * KEYS + i), most), by));
         weight = _mm512_maskz_mov_ps(i < seen ? first(seen - i) : 0, weight);
         sum = _mm512_add_ps(sum, weight);
-        if (kind == DOTS) _mm256_storeu_si256((__m256i *)(room->weights + (r * KEYS + i) / 2), narrow_fast(weight));
-        else _mm512_storeu_ps(room->weights + r * KEYS + i, weight);
+        if (kind == DOTS) {
+            __m256i rounded;
+            NARROW_FAST(rounded, weight);
+            _mm256_storeu_si256((__m256i *)(room->weights + (r * KEYS + i) / 2), rounded);
+        } else {
+            _mm512_storeu_ps(room->weights + r * KEYS + i, weight);
+        }
     }
     room->total[r] = _mm512_fmadd_ps(room->total[r], _mm512_set1_ps(room->factor[r]), sum);
 }
@@ -254,7 +258,7 @@ INLINE void look(const enum kind kind, const struct paged *kv, const int32_t *le
 }
 
 #define LOOK(name, kind)                                                                                                    \
-    AVX512 static void name(const struct paged *kv, const int32_t *lengths, long tokens, long heads, long shared,           \
+    VECTORS static void name(const struct paged *kv, const int32_t *lengths, long tokens, long heads, long shared,           \
                             const char *q, long q_stride, float scale, const struct room *room, char *out, long out_stride) { \
         look(kind, kv, lengths, tokens, heads, shared, q, q_stride, scale, room, out, out_stride);                          \
     }

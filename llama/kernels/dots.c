@@ -5,12 +5,14 @@
  */
 #include "vectors.h"
 
-#define PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16")))
 #define PANEL 32   /* outputs: two vectors */
-#define TILE 12    /* rows of x at once: 24 sums, which leaves registers for two weights and an input */
 #define AHEAD 6144 /* bytes that are asked for early, into the next page, where prefetchers do not go */
 
+#ifdef AVX2
+int promptstitch_dots_supported(void) { return 0; } /* nothing would be gained */
+#else
 int promptstitch_dots_supported(void) { return __builtin_cpu_supports("avx512bf16"); }
+#endif
 
 /* A tile of x, pairs (K / 2, rows), over a panel (K / 2, 32) -> sums (rows, 32). */
 static inline __attribute__((always_inline)) PAIRS void over(const int rows, const uint32_t *x, const uint32_t *panel, long pairs,
@@ -39,7 +41,7 @@ static inline __attribute__((always_inline)) PAIRS void over(const int rows, con
 #define ROWS(n) case n: return over(n, x, panel, pairs, sums);
 PAIRS static void over_panel(int rows, const uint32_t *x, const uint32_t *panel, long pairs, float *sums) {
     switch (rows) {
-        ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11)
+        UP_TO_TILE(ROWS)
         default: return over(TILE, x, panel, pairs, sums);
     }
 }
@@ -55,7 +57,7 @@ void promptstitch_pairs(const uint32_t *w, long n, long k, uint32_t *panels) {
 }
 
 /* x (M, K) -> y (M, N); bias (N,) or NULL. */
-AVX512 void promptstitch_dots(const uint32_t *x, const uint32_t *panels, const bf16 *bias, long m, long n, long k, bf16 *y) {
+VECTORS void promptstitch_dots(const uint32_t *x, const uint32_t *panels, const bf16 *bias, long m, long n, long k, bf16 *y) {
     static __thread struct scratch shared;
     if (m == 0) return; /* a step that only prefills looks at no row */
     const long pairs = k / 2, count = (n + PANEL - 1) / PANEL;

@@ -11,11 +11,11 @@
  */
 #include "vectors.h"
 
-#define PANEL 32     /* outputs: two vectors */
-#define TILE 12      /* rows of x at once: 24 sums, which leaves registers for two weights and an input */
-#define FEW 6        /* rows for which unpacking does not pay */
-#define STRETCH 768  /* inputs at once: a tile of x stays in the first cache, unpacked weights in the second */
-#define AHEAD 6144   /* bytes that are asked for early, into the next page, where prefetchers do not go */
+#define PANEL 32                    /* outputs: two vectors */
+#define FEWER (TILE < 6 ? TILE : 6) /* rows for which unpacking does not pay */
+#define WIDENED (TILE < 6)          /* whether bf16 is unpacked, too, since a small tile reads it more often */
+#define STRETCH 768                 /* inputs at once: a tile of x stays in the first cache, unpacked weights in the second */
+#define AHEAD 6144                  /* bytes that are asked for early, into the next page, where prefetchers do not go */
 
 struct weights {
     const uint8_t *panels;
@@ -46,7 +46,7 @@ INLINE void values(const int bits, const uint8_t *at, __m512 table, __m512 *left
 /* Add to sums (rows, 32) what `count` inputs bring; x holds TILE rows side by side for each input. With few rows the
  * inputs are dealt out to several sums, since one sum has to wait for itself. `bits` 32: the weights are fp32. */
 INLINE void tile(const int rows, const int bits, long count, const float *x, const void *weights, __m512 table, float *sums) {
-    const int ways = rows == 1 ? 4 : rows <= 3 ? 2 : 1;
+    const int ways = rows == 1 ? (TILE > 4 ? 4 : 2) : 4 * rows <= TILE ? 2 : 1;
     const uint8_t *at = weights;
     __m512 sum[4][TILE][2];
 #pragma GCC unroll 12
@@ -88,25 +88,17 @@ INLINE void tile(const int rows, const int bits, long count, const float *x, con
 
 #define ROWS(n) case n: return tile(n, bits, count, x, weights, table, sums);
 #define EVERY(name, bits_)                                                                                           \
-    AVX512 static void name(int rows, long count, const float *x, const void *weights, __m512 table, float *sums) { \
+    VECTORS static void name(int rows, long count, const float *x, const void *weights, __m512 table, float *sums) { \
         const int bits = bits_;                                                                                      \
         switch (rows) {                                                                                              \
-            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11)                \
+            UP_TO_TILE(ROWS)                                                                                         \
             default: return tile(TILE, bits, count, x, weights, table, sums);                                        \
-        }                                                                                                            \
-    }
-#define A_FEW(name, bits_)                                                                                           \
-    AVX512 static void name(int rows, long count, const float *x, const void *weights, __m512 table, float *sums) { \
-        const int bits = bits_;                                                                                      \
-        switch (rows) {                                                                                              \
-            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5)                                                                  \
-            default: return tile(FEW, bits, count, x, weights, table, sums);                                         \
         }                                                                                                            \
     }
 EVERY(tile32, 32)
 EVERY(tile16, 16)
-A_FEW(tile8, 8)
-A_FEW(tile4, 4)
+EVERY(tile8, 8)
+EVERY(tile4, 4)
 
 /* Where the scales and offsets of a panel's group begin. */
 INLINE long group_at(const struct weights *w, long panel, long group) {
@@ -132,17 +124,28 @@ INLINE void unpack(const int bits, const struct weights *w, __m512 table, long p
     }
 }
 
-AVX512 static void unpack8(const struct weights *w, __m512 table, long panel, long from, long to, float *out) {
+VECTORS static void unpack8(const struct weights *w, __m512 table, long panel, long from, long to, float *out) {
     unpack(8, w, table, panel, from, to, out);
 }
 
-AVX512 static void unpack4(const struct weights *w, __m512 table, long panel, long from, long to, float *out) {
+VECTORS static void unpack16(const struct weights *w, long panel, long from, long to, float *out) {
+    const uint8_t *at = w->panels + (panel * w->k + from) * bytes_of(16);
+    for (long i = from; i < to; i++, at += bytes_of(16), out += PANEL) {
+        __m512 left, right;
+        _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+        values(16, at, _mm512_setzero_ps(), &left, &right);
+        _mm512_storeu_ps(out, left);
+        _mm512_storeu_ps(out + LANES, right);
+    }
+}
+
+VECTORS static void unpack4(const struct weights *w, __m512 table, long panel, long from, long to, float *out) {
     unpack(4, w, table, panel, from, to, out);
 }
 
 /* Few rows of x over one panel of codes without offsets. */
-AVX512 static void by_groups(const struct weights *w, __m512 table, long panel, int rows, const float *x, float *sums) {
-    float part[FEW * PANEL];
+VECTORS static void by_groups(const struct weights *w, __m512 table, long panel, int rows, const float *x, float *sums) {
+    float part[FEWER * PANEL];
     for (long from = 0; from < w->k; from += w->group) {
         for (int i = 0; i < rows * 2; i++) _mm512_storeu_ps(part + LANES * i, _mm512_setzero_ps());
         const uint8_t *at = w->panels + (panel * w->k + from) * bytes_of(w->bits);
@@ -157,19 +160,21 @@ AVX512 static void by_groups(const struct weights *w, __m512 table, long panel, 
 }
 
 /* All rows of x, `turned`, `even` a tile, over one panel -> sums (M, 32). */
-AVX512 static void over_panel(const struct weights *w, __m512 table, long panel, long m, int even, const float *turned,
+VECTORS static void over_panel(const struct weights *w, __m512 table, long panel, long m, int even, const float *turned,
                               float *unpacked, float *sums) {
     for (long i = 0; i < 2 * m; i++) _mm512_storeu_ps(sums + LANES * i, _mm512_setzero_ps());
-    if (w->bits < 16 && m <= FEW && !w->offsets) return by_groups(w, table, panel, (int)m, turned, sums);
+    if (w->bits < 16 && m <= FEWER && !w->offsets) return by_groups(w, table, panel, (int)m, turned, sums);
     for (long from = 0; from < w->k; from += STRETCH) {
         long to = from + STRETCH < w->k ? from + STRETCH : w->k;
         const void *weights = unpacked;
-        if (w->bits == 16) weights = w->panels + (panel * w->k + from) * bytes_of(16);
+        const int as_stored = w->bits == 16 && (!WIDENED || m <= FEWER);
+        if (as_stored) weights = w->panels + (panel * w->k + from) * bytes_of(16);
+        else if (w->bits == 16) unpack16(w, panel, from, to, unpacked);
         else (w->bits == 8 ? unpack8 : unpack4)(w, table, panel, from, to, unpacked);
         for (long start = 0; start < m; start += even) {
             int rows = (int)(m - start < even ? m - start : even);
             const float *x = turned + start / even * TILE * w->k + TILE * from;
-            (w->bits == 16 ? tile16 : tile32)(rows, to - from, x, weights, table, sums + PANEL * start);
+            (as_stored ? tile16 : tile32)(rows, to - from, x, weights, table, sums + PANEL * start);
         }
     }
 }
@@ -187,11 +192,11 @@ INLINE void turn16(const int wide, const char *x, long k, long i, int rows, floa
         if (c < n) _mm512_mask_storeu_epi32(out + TILE * (i + c), first(TILE), row[c]);
 }
 
-AVX512 static void turn16_wide(const char *x, long k, long i, int rows, float *out) { turn16(1, x, k, i, rows, out); }
-AVX512 static void turn16_narrow(const char *x, long k, long i, int rows, float *out) { turn16(0, x, k, i, rows, out); }
+VECTORS static void turn16_wide(const char *x, long k, long i, int rows, float *out) { turn16(1, x, k, i, rows, out); }
+VECTORS static void turn16_narrow(const char *x, long k, long i, int rows, float *out) { turn16(0, x, k, i, rows, out); }
 
 /* Rows of x (rows, K), widened and turned so that the TILE values of one input are neighbours. */
-AVX512 static void turn(int wide, const char *x, long k, int rows, float *turned) {
+VECTORS static void turn(int wide, const char *x, long k, int rows, float *turned) {
     for (long i = 0; i < k; i += LANES) (wide ? turn16_wide : turn16_narrow)(x, k, i, rows, turned);
 }
 
@@ -210,7 +215,7 @@ void promptstitch_panels(const bf16 *w, long n, long k, uint32_t *panels) {
 }
 
 /* x (M, K) -> y (M, N); bias (N,) or NULL. `bits` of the weights: 16, 8 or 4; `wide`: x, bias and y are fp32, not bf16. */
-AVX512 void promptstitch_gemm(int bits, int kept, int wide, const char *x, const uint8_t *panels, const char *scales,
+VECTORS void promptstitch_gemm(int bits, int kept, int wide, const char *x, const uint8_t *panels, const char *scales,
                               const char *offsets, const float *values_of, long group, const char *bias, long m, long n,
                               long k, char *y) {
     static __thread struct scratch shared;

@@ -1,24 +1,24 @@
-/* y = x Wᵀ + b in integers: weights of 8 or 4 bits, inputs of 8, products summed exactly by AVX-512 VNNI.
+/* y = x Wᵀ + b in integers: weights of 8 or 4 bits, inputs of 8, products summed exactly by AVX-512 VNNI, or by AVX2.
  *
  * Weights lie in panels of 32 outputs, four inputs of each output side by side: bytes 128 above their value, or halves
  * of bytes 8 above it, outputs 0..15 in the low halves; the instruction wants one side unsigned, and what that adds is
- * known beforehand. Or halves of bytes that are looked up in a table of 16 bytes, these 128 above their value. Every `group` inputs of an output share a scale and perhaps an offset: W = code * scale + offset.
- * Inputs are rounded here, every `share` of a row to a grid that the largest of them spans; only from share to share
- * fp32 sums. So an output is the same to the last bit whichever rows stand beside its own.
+ * known beforehand. Or halves of bytes that are looked up in a table of 16 bytes, these 128 above their value. Every
+ * `group` inputs of an output share a scale and perhaps an offset: W = code * scale + offset. Inputs are rounded here,
+ * every `share` of a row to a grid that the largest of them spans; only from share to share fp32 sums. So an output is
+ * the same to the last bit whichever rows stand beside its own.
  */
 #include "vectors.h"
 
 #include <math.h>
 
-#define VNNI __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512vnni")))
 #define PANEL 32   /* outputs: two vectors */
-#define TILE 12    /* rows of x at once: 24 sums, which leaves registers for two weights and an input */
 #define AHEAD 6144 /* bytes that are asked for early, into the next page, where prefetchers do not go */
 
-/* sum + w · x, four bytes a lane. gcc 12 keeps the intrinsic's sums in memory. */
-#define DOT(sum, w, x) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x))
-
+#ifdef AVX2
+int promptstitch_integers_supported(void) { return 1; }
+#else
 int promptstitch_integers_supported(void) { return __builtin_cpu_supports("avx512vnni"); }
+#endif
 
 struct weights {
     const uint8_t *codes, *table; /* table: 16 bytes, or NULL */
@@ -68,52 +68,76 @@ INLINE void encode(const int wide, const char *x, const struct weights *w, int r
     }
 }
 
-AVX512 static void encode_wide(const char *x, const struct weights *w, int r, int rows, struct tile out) {
+VECTORS static void encode_wide(const char *x, const struct weights *w, int r, int rows, struct tile out) {
     encode(1, x, w, r, rows, out);
 }
 
-AVX512 static void encode_narrow(const char *x, const struct weights *w, int r, int rows, struct tile out) {
+VECTORS static void encode_narrow(const char *x, const struct weights *w, int r, int rows, struct tile out) {
     encode(0, x, w, r, rows, out);
 }
 
 /* A tile of x over one panel -> sums (rows, 32). With few rows the inputs are dealt out to several sums, since one sum
  * has to wait for itself. */
-static inline __attribute__((always_inline)) VNNI void over(const int rows, const int bits, const int looked_up,
+static inline __attribute__((always_inline)) BYTES void over(const int rows, const int bits, const int looked_up,
                                                             const struct weights *w, long panel, struct tile x, float *sums) {
-    const int ways = rows == 1 ? 4 : rows <= 3 ? 2 : 1, above = bits == 8 || looked_up ? 128 : 8;
+    const int ways = rows == 1 ? (TILE > 4 ? 4 : 2) : 4 * rows <= TILE ? 2 : 1, above = bits == 8 || looked_up ? BYTES_ABOVE : 8;
+    const int halves = bits == 4 && !looked_up, shorts = halves ? SHORTS : 0;
     const __m512i table = looked_up ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->table)) : _mm512_setzero_si512();
     const __m512i low = _mm512_set1_epi8(15);
     const uint8_t *at = w->codes + panel * w->k * (PANEL / 8 * bits);
     for (int i = 0; i < 2 * rows; i++) _mm512_storeu_ps(sums + LANES * i, _mm512_setzero_ps());
     for (long g = 0; g < w->k / w->share; g++) {
         const int32_t *fours = (const int32_t *)x.codes + g * (w->share / 4) * rows;
-        __m512i sum[4][TILE][2];
+        __m512i sum[4][TILE][2], part[4][TILE][2];
 #pragma GCC unroll 12
         for (int r = 0; r < rows; r++) {
             sum[0][r][0] = sum[0][r][1] = _mm512_set1_epi32(-above * x.sums[g * rows + r]);
 #pragma GCC unroll 4
             for (int v = 1; v < ways; v++) sum[v][r][0] = sum[v][r][1] = _mm512_setzero_si512();
         }
-        for (long i = 0; i < w->share / 4; i += ways)
-#pragma GCC unroll 4
-            for (int v = 0; v < ways; v++, at += 16 * bits) {
-                __m512i left = _mm512_loadu_si512(at), right;
-                _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-                if (bits == 8) {
-                    right = _mm512_loadu_si512(at + 64);
-                    _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
-                } else {
-                    right = _mm512_and_si512(_mm512_srli_epi16(left, 4), low);
-                    left = _mm512_and_si512(left, low);
-                    if (looked_up) left = _mm512_shuffle_epi8(table, left), right = _mm512_shuffle_epi8(table, right);
-                }
+        for (long from = 0, to; from < w->share / 4; from = to) {
+            to = shorts ? from + shorts : w->share / 4;
+            if (shorts) {
 #pragma GCC unroll 12
-                for (int r = 0; r < rows; r++) {
-                    __m512i input = _mm512_set1_epi32(fours[(i + v) * rows + r]);
-                    DOT(sum[v][r][0], left, input);
-                    DOT(sum[v][r][1], right, input);
-                }
+                for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+                    for (int v = 0; v < ways; v++) part[v][r][0] = part[v][r][1] = _mm512_setzero_si512();
             }
+#pragma GCC unroll 1
+            for (long i = from; i < to; i += ways)
+#pragma GCC unroll 4
+                for (int v = 0; v < ways; v++, at += 16 * bits) {
+                    __m512i left = _mm512_loadu_si512(at), right;
+                    _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+                    if (bits == 8) {
+                        right = _mm512_loadu_si512(at + 64);
+                        _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
+                    } else {
+                        right = _mm512_and_si512(_mm512_srli_epi16(left, 4), low);
+                        left = _mm512_and_si512(left, low);
+                        if (looked_up) left = _mm512_shuffle_epi8(table, left), right = _mm512_shuffle_epi8(table, right);
+                    }
+#pragma GCC unroll 12
+                    for (int r = 0; r < rows; r++) {
+                        __m512i input = _mm512_set1_epi32(fours[(i + v) * rows + r]), *into = shorts ? part[v][r] : sum[v][r];
+                        if (halves) {
+                            DOT_HALVES(into[0], left, input);
+                            DOT_HALVES(into[1], right, input);
+                        } else {
+                            DOT_BYTES(into[0], left, input);
+                            DOT_BYTES(into[1], right, input);
+                        }
+                    }
+                }
+            if (shorts) {
+#pragma GCC unroll 12
+                for (int r = 0; r < rows; r++)
+#pragma GCC unroll 4
+                    for (int v = 0; v < ways; v++)
+#pragma GCC unroll 2
+                        for (int half = 0; half < 2; half++) sum[v][r][half] = sum_of_shorts(sum[v][r][half], part[v][r][half]);
+            }
+        }
         long group = (panel * (w->k / w->group) + g * w->share / w->group) * PANEL;
         __m512 scale[2], offset[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
         factors(w->scales, w->kept, group, &scale[0], &scale[1]);
@@ -137,10 +161,10 @@ static inline __attribute__((always_inline)) VNNI void over(const int rows, cons
 
 #define ROWS(n) case n: return over(n, bits, looked_up, w, panel, x, sums);
 #define EVERY(name, bits_, looked_up_)                                                                            \
-    VNNI static void name(int rows, const struct weights *w, long panel, struct tile x, float *sums) {            \
+    BYTES static void name(int rows, const struct weights *w, long panel, struct tile x, float *sums) {            \
         const int bits = bits_, looked_up = looked_up_;                                                           \
         switch (rows) {                                                                                           \
-            ROWS(1) ROWS(2) ROWS(3) ROWS(4) ROWS(5) ROWS(6) ROWS(7) ROWS(8) ROWS(9) ROWS(10) ROWS(11)             \
+            UP_TO_TILE(ROWS)                                                                                      \
             default: return over(TILE, bits, looked_up, w, panel, x, sums);                                       \
         }                                                                                                         \
     }
@@ -150,7 +174,7 @@ EVERY(over_table, 4, 1)
 
 /* x (M, K) -> y (M, N); bias (N,) or NULL; `bits` 8 or 4, table NULL with 8; `wide`: x, bias and y are fp32, not bf16;
  * `group` a multiple of 32 that divides K. */
-AVX512 void promptstitch_integers(int bits, int kept, int wide, const char *x, const uint8_t *codes, const char *scales,
+VECTORS void promptstitch_integers(int bits, int kept, int wide, const char *x, const uint8_t *codes, const char *scales,
                                   const char *offsets, const uint8_t *table, long group, const char *bias, long m, long n,
                                   long k, char *y) {
     static __thread struct scratch shared;

@@ -6,17 +6,15 @@
 
 #include "paged.h"
 
-#define FEW 4 /* rows at once */
-
 /* Scores of 16 keys where they lie, for rows of q (rows, `width`), zeros behind D -> (rows, KEYS). Pages lie anywhere, which
  * no prefetcher guesses, so those that are `ahead` are asked for meanwhile. */
 INLINE void score(const int rows, const enum kind kind, const struct paged *kv, const char *at, long ahead, const uint32_t *q,
                   long width, float *scores) {
     const long next = kv->step * (kind == WIDE ? 4 : 2), count = kind == WIDE ? kv->dim : kv->dim / 2;
     const int parts = kind == NARROW ? 2 : 1; /* of a word, multiplied one after the other */
-    __m512i chains[FEW][4];
+    __m512i chains[4][4];
     for (int f = 0; f < 4; f++) { /* keys f, 4 + f, 8 + f and 12 + f: four words of each are a vector */
-        __m512 sum[FEW];
+        __m512 sum[4];
         const uint32_t *by = q;
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++) sum[r] = _mm512_setzero_ps();
@@ -64,7 +62,7 @@ INLINE void gather(const int rows, const enum kind kind, const struct paged *kv,
     for (long d = 0; d < kv->dim; d += PANEL, sums += PANEL) {
         const __mmask16 left = first((kv->dim - d) / each), right = kv->dim - d > LANES ? 0xffff : 0;
         const char *value = at + d * size;
-        __m512 sum[FEW][2];
+        __m512 sum[4][2];
 #pragma GCC unroll 4
         for (int r = 0; r < rows; r++)
 #pragma GCC unroll 2

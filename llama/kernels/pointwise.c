@@ -7,7 +7,7 @@
 #define ALONE 8192 /* elements below which a second thread costs more than it saves */
 
 /* x (T, H) -> y (T, H) = x / rms(x) * weight (Zhang & Sennrich 2019). */
-AVX512 void promptstitch_norm(int wide, const void *x, const void *weight, float eps, long tokens, long width, void *y) {
+VECTORS void promptstitch_norm(int wide, const void *x, const void *weight, float eps, long tokens, long width, void *y) {
 #pragma omp parallel for if (tokens * width > ALONE)
     for (long t = 0; t < tokens; t++) {
         __m512 squares = _mm512_setzero_ps();
@@ -25,7 +25,7 @@ AVX512 void promptstitch_norm(int wide, const void *x, const void *weight, float
 }
 
 /* dy (T, H), and x and weight as in the norm -> dx (T, H) = r (w dy - x r² mean(w dy x)), where r = 1 / rms(x). */
-AVX512 void promptstitch_norm_slope(const float *dy, const float *x, const float *weight, float eps, long tokens, long width,
+VECTORS void promptstitch_norm_slope(const float *dy, const float *x, const float *weight, float eps, long tokens, long width,
                                     float *dx) {
 #pragma omp parallel for if (tokens * width > ALONE)
     for (long t = 0; t < tokens; t++) {
@@ -50,7 +50,7 @@ AVX512 void promptstitch_norm_slope(const float *dy, const float *x, const float
 
 /* x (T, heads, D), rows `stride` elements apart -> y (T, heads, D), each head turned by cos and sin (T, D), the first
  * half of sin negated; D a multiple of 32 (RoPE; Su et al. 2021). */
-AVX512 void promptstitch_rotate(int wide, const char *x, long stride, const void *cos, const void *sin, long tokens,
+VECTORS void promptstitch_rotate(int wide, const char *x, long stride, const void *cos, const void *sin, long tokens,
                                 long heads, long dim, char *y) {
     const long half = dim / 2, size = wide ? 4 : 2;
 #pragma omp parallel for if (tokens * heads * dim > ALONE)
@@ -77,7 +77,7 @@ INLINE __m512 sigmoid(__m512 x) {
 }
 
 /* x (T, 2 I), gate beside up -> y (T, I) = gate * sigmoid(gate) * up (Shazeer 2020). */
-AVX512 void promptstitch_swiglu(int wide, const void *x, long tokens, long width, void *y) {
+VECTORS void promptstitch_swiglu(int wide, const void *x, long tokens, long width, void *y) {
 #pragma omp parallel for if (tokens * width > ALONE)
     for (long t = 0; t < tokens; t++)
         for (long i = 0; i < width; i += LANES) {
@@ -88,7 +88,7 @@ AVX512 void promptstitch_swiglu(int wide, const void *x, long tokens, long width
 }
 
 /* dy (T, I), and x as in SwiGLU -> dx (T, 2 I). */
-AVX512 void promptstitch_swiglu_slope(const float *dy, const float *x, long tokens, long width, float *dx) {
+VECTORS void promptstitch_swiglu_slope(const float *dy, const float *x, long tokens, long width, float *dx) {
     const __m512 one = _mm512_set1_ps(1.0f);
 #pragma omp parallel for if (tokens * width > ALONE)
     for (long t = 0; t < tokens; t++)

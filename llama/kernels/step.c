@@ -53,7 +53,7 @@ static void multiply(const struct product *p, const void *x, long tokens, void *
 }
 
 /* x += y, rounded. */
-AVX512 static void add(bf16 *x, const bf16 *y, long count) {
+VECTORS static void add(bf16 *x, const bf16 *y, long count) {
 #pragma omp parallel for if (count > 16384)
     for (long i = 0; i < count; i += LANES) {
         __mmask16 mask = first(count - i);

@@ -6,6 +6,13 @@
 #define CHAINS 16
 #define TURNS 400
 
+#ifdef AVX2
+int promptstitch_kernels_supported(void) {
+    return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+}
+
+double promptstitch_dot_gain(void) { return 0; } /* there is no such instruction */
+#else
 int promptstitch_kernels_supported(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
            __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("fma");
@@ -17,7 +24,7 @@ static double seconds(void) {
     return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
 }
 
-AVX512 static double multiply_add(volatile float *sink) {
+VECTORS static double multiply_add(volatile float *sink) {
     __m512 sum[CHAINS], one = _mm512_set1_ps(*sink);
     for (int c = 0; c < CHAINS; c++) sum[c] = _mm512_setzero_ps();
     double start = seconds();
@@ -29,7 +36,7 @@ AVX512 static double multiply_add(volatile float *sink) {
     return taken;
 }
 
-__attribute__((target("avx512f,avx512bf16"))) static double dot(volatile float *sink) {
+PAIRS static double dot(volatile float *sink) {
     __m512 sum[CHAINS];
     __m512bh one = (__m512bh)_mm512_castps_si512(_mm512_set1_ps(*sink));
     for (int c = 0; c < CHAINS; c++) sum[c] = _mm512_setzero_ps();
@@ -54,3 +61,4 @@ double promptstitch_dot_gain(void) {
     }
     return 2 * best[0] / best[1];
 }
+#endif

@@ -1,7 +1,7 @@
 /* What the kernels share: 16 fp32 lanes at a time, bf16 in and out, scratch memory that a thread keeps.
  *
- * Everything is compiled for AVX-512 by attribute, not by flag, so that the library loads on any x86-64; the caller
- * asks `promptstitch_kernels_supported` first.
+ * Everything is compiled for its CPUs by attribute, not by flag, so that the library loads on any x86-64; the caller asks
+ * `promptstitch_kernels_supported` first. With AVX2 defined, all of it is for CPUs without AVX-512: see `halves.h`.
  */
 #pragma once
 
@@ -9,8 +9,29 @@
 #include <stdint.h>
 #include <stdlib.h>
 
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
-#define INLINE static inline __attribute__((always_inline)) AVX512
+#ifdef AVX2
+#include "halves.h"
+#else
+#define VECTORS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma")))
+#define PAIRS __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512bf16")))
+#define BYTES __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,fma,avx512vnni")))
+#define INLINE static inline __attribute__((always_inline)) VECTORS
+#define TILE 12 /* rows at once: 24 sums, which leaves registers for two weights and an input */
+#define FEW 4   /* rows of a token that stands alone */
+#define UP_TO_TILE(case_) case_(1) case_(2) case_(3) case_(4) case_(5) case_(6) case_(7) case_(8) case_(9) case_(10) case_(11)
+
+/* sum + w · x, two bf16 a lane by AVX512-BF16, four bytes, w unsigned, by VNNI. gcc 12 keeps the intrinsics' sums in memory. */
+#define DOT_BF16(sum, w, x) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x))
+#define DOT_BYTES(sum, w, x) __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x))
+#define DOT_HALVES DOT_BYTES /* the same of halves of bytes, w at most 15 */
+#define SHORTS 0             /* how many of these are summed in 16 bits */
+#define BYTES_ABOVE 128      /* what a byte of w is taken to stand above its value */
+#define sum_of_shorts(sum, shorts) (sum)
+
+/* Round to nearest, ties to even, by AVX512-BF16, which takes denormals for zero. */
+#define NARROW_FAST(out, x) __asm__("vcvtneps2bf16 %1, %0" : "=v"(out) : "v"(x))
+#endif
+
 #define LANES 16
 
 typedef uint16_t bf16;
@@ -26,16 +47,6 @@ INLINE __m256i narrow(__m512 x) {
     rounded = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
     return _mm512_cvtepi32_epi16(_mm512_srli_epi32(rounded, 16));
 }
-
-/* The same by one instruction of AVX512-BF16, which takes denormals for zero. */
-INLINE __m256i narrow_fast(__m512 x) {
-    __m256i out;
-    __asm__("vcvtneps2bf16 %1, %0" : "=v"(out) : "v"(x));
-    return out;
-}
-
-/* sum + w · x, two bf16 a lane, by AVX512-BF16. gcc 12 keeps the intrinsic's sums in memory. */
-#define DOT_BF16(sum, w, x) __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(w), "v"(x))
 
 INLINE __mmask16 first(long n) { return n >= LANES ? 0xffff : (__mmask16)((1u << n) - 1); }
 

@@ -5,19 +5,28 @@ from __future__ import annotations
 import pytest
 import torch
 
+from engine import attention
 from engine.attention import KVPages, NativeAttention, PagedAttention, Span, attend
 from llama import native
 from llama.config import LlamaConfig, RopeConfig
 
 ours = native.kernels()
 pytestmark = pytest.mark.skipif(ours is None, reason="the kernels were not built, or this CPU does not run them")
+BUILT = {name: found for name in native.LIBRARIES if (found := native.built(name))}
 SPANS = [Span([5, 2, 9], 40, 1), Span([1], 0, 1), Span([7, 3, 8], 11, 30), Span([4], 0, 16), Span([6, 11], 16, 1)]
 IN_ORDER = sorted(SPANS, key=lambda span: span.length)
 LONG = Span([(7 * i + 3) % 12 for i in range(12)], 0, 190)  # several blocks of keys, several tasks
 
 
+@pytest.fixture(autouse=True, params=BUILT)
+def library(request, monkeypatch):
+    """Every one that this CPU runs in turn, not only the best."""
+    monkeypatch.setitem(globals(), "ours", BUILT[request.param])
+    monkeypatch.setattr(attention, "kernels", lambda: BUILT[request.param])
+
+
 @pytest.fixture(params=[False, True])
-def dots(request, monkeypatch) -> None:
+def dots(request, monkeypatch, library) -> None:
     """Both ways to multiply bf16, whichever is the faster one here."""
     if request.param and not ours.dots:
         pytest.skip("this CPU has no bf16 dot product (AVX512-BF16)")

@@ -17,7 +17,15 @@ from llama.rope import Rotation, rotate
 
 kernels = native.kernels()
 pytestmark = pytest.mark.skipif(kernels is None, reason="the kernels were not built, or this CPU does not run them")
+BUILT = {name: found for name in native.LIBRARIES if (found := native.built(name))}
 BF16_ROUNDING = 2**-8
+
+
+@pytest.fixture(autouse=True, params=BUILT)
+def library(request, monkeypatch):
+    """Every one that this CPU runs in turn, not only the best."""
+    monkeypatch.setitem(globals(), "kernels", BUILT[request.param])
+    monkeypatch.setattr(native, "kernels", lambda: BUILT[request.param])
 
 
 def random(*shape: int) -> torch.Tensor:
@@ -70,7 +78,7 @@ def test_product_of_every_width(n, k, layout):
 
 
 needs_integers = pytest.mark.skipif(
-    kernels is None or not kernels.multiplies_integers, reason="this CPU multiplies no integers (AVX-512 VNNI)"
+    kernels is None or not kernels.multiplies_integers, reason="this CPU multiplies no integers (AVX-512 VNNI or AVX2)"
 )
 
 
