@@ -62,14 +62,16 @@ class Registry:
 
     async def push(self, task: str, function: Callable[[], R]) -> R:
         """`change` for an upload, which waits for the engine, too."""
-        run = copy_context().run
         try:
-            with CancelScope(shield=True):  # the thread cannot be called back
-                running = asyncio.get_running_loop().run_in_executor(self._pushing, run, function)
-                pushed = await self._timed("push", running)
-            return pushed
+            return await self._timed("push", self._giving_way(function))
         finally:
             self._epochs[_slot(task)] += 1
+
+    async def _giving_way(self, function: Callable[[], R]) -> R:
+        running = asyncio.get_running_loop().run_in_executor(self._pushing, copy_context().run, function)
+        with CancelScope(shield=True):  # the thread cannot be called back
+            await asyncio.wait([running])
+        return running.result()
 
     async def wait(self, function: Callable[[], R]) -> R:
         """`function()`, which waits for the engine."""
