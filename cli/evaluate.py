@@ -247,7 +247,7 @@ def _text(
     from lab.evaluate.scorer import Scorer
 
     soft, most = prompt.num_virtual_tokens if prompt else 0, loaded.model.config.max_len
-    if soft + asked.window >= most:
+    if soft + asked.window > most:
         raise CommandError(
             f"--window {asked.window}: with {soft} soft tokens the context of {most} is too short for it"
         )

@@ -173,6 +173,7 @@ def _outlook(order: Order, splits: Splits) -> dict[str, Any]:
         "parameters": learned_elements(plan.config, order.kind, order.recipe.positions),
         "steps": None if order.budget.unit == "seconds" else steps_of(order.budget, plan.learn, order.recipe),
         "learn_windows": len(plan.learn),
+        "documents_left_out": plan.learn.left_out,
         "select_windows": len(plan.select),
         "device": plan.device.type,
         "compute": plan.compute,
@@ -190,6 +191,11 @@ def _carry_out(order: Order, splits: Splits, run: Path | None, out: Path | None,
     from prompts_store.file import encode_prompt
 
     plan = planned(order, splits)
+    if left := plan.learn.left_out:
+        window = order.recipe.window
+        typer.echo(
+            f"note: {left} documents make no window of {window} tokens and are left out; --set window=N", err=True
+        )
     name = f"{order.task or 'prompt'}.{order.kind}.{plan.identity.level}.{order.seed}"
     folder = run or (out.with_name(f"{out.name}.run") if out else Path("runs") / name)
     with open_run(folder, plan.record(), order.seed) as kept, progress(quiet=as_json) as report:

@@ -62,8 +62,9 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, StoreError):
         hint = f" ({OPTIONS[error.code]})" if error.code in OPTIONS else ""
         return error.message + hint, 2 if isinstance(error, BadKey | BadLevel | BadReference | InvalidArtifact) else 1
-    if isinstance(error, OSError) and error.filename is not None:
-        return f"{error.filename}: {error.strerror}", 1
+    if isinstance(error, OSError):
+        where = "" if error.filename is None else f"{error.filename}: "
+        return f"{where}{error.strerror or error}", 1
     from lab.data.documents import DataError
     from lab.errors import RunError
     from llama.errors import ModelError

@@ -59,17 +59,17 @@ def to_serve(settings: Settings, steps: Steps) -> tuple[Settings, Identity]:
     identity = info(folder, level=level, base=settings.base).identity
     place = choose_device(settings.device)
     choose_compute(settings.compute, choose_dtype(settings.dtype, place), place, identity.level)
-    if level is None and settings.model == EMBEDDED and identity.level == "dense":
+    if level is None and settings.model == EMBEDDED and not Path(EMBEDDED).is_dir() and identity.level == "dense":
         level = EMBEDDED_LEVEL
         identity = info(folder, level=level, base=settings.base).identity
-    seeds = settings.seed_prompts or tuple(seed for seed in shipped_prompts() if _base_of(seed) == identity.base)
+    seeds = settings.seed_prompts or tuple(shipped_prompts(identity.base))
     return settings.model_copy(update={"model": str(folder), "level": level, "seed_prompts": seeds}), identity
 
 
-def shipped_prompts() -> list[Path]:
-    """The prompt files inside this package."""
+def shipped_prompts(base: str) -> list[Path]:
+    """The prompt files of this base inside this package."""
     folder = Path(str(resources.files("prompts_store"))) / "seeds"
-    return sorted(folder.glob("*.safetensors"))
+    return [path for path in sorted(folder.glob("*.safetensors")) if read_prompt(path).prompt.base == base]
 
 
 def start_engine(settings: Settings, identity: Identity, steps: Steps) -> LocalEngine:
@@ -115,7 +115,3 @@ def _kept_folder(settings: Settings) -> Path | None:
     """Where the store is, so that a volume which keeps one keeps the other."""
     beside = settings.blobs.parent if settings.blobs else Path(settings.store)
     return (settings.kv_folder or beside / "kv") if settings.kv_disk else None
-
-
-def _base_of(seed: Path) -> str:
-    return read_prompt(seed).prompt.base

@@ -125,7 +125,7 @@ def pull(
     as_json: AsJson = False,
 ) -> None:
     """Write a version to a prompt file."""
-    from prompts_store.file import read_prompt
+    from prompts_store.file import read_prompt, write_whole
 
     with open_registry(url, key, store, config) as registry:
         version = pick(registry, ref, level, base)
@@ -134,7 +134,7 @@ def pull(
         content = registry.content(version["task"], version["version"])
     if (digest := read_prompt(content).prompt.digest) != version["digest"]:
         raise CommandError(f"what came is {digest}, not {version['digest']}; nothing was written")
-    target.write_bytes(content)
+    write_whole(target, content)
     tell(
         {"file": str(target), "digest": version["digest"], "task": version["task"], "version": version["version"]},
         as_json,

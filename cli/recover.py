@@ -151,6 +151,7 @@ def _run(
 ) -> dict[str, Any]:
     """Every step in its run folder; the figures, with where they are kept."""
     from cli.local import open_store
+    from cli.model import shipped_prompts
     from lab.data.named import documents
     from lab.data.splits import record, split
     from lab.outlook import estimates
@@ -161,11 +162,15 @@ def _run(
     from lab.recover import planned, recover, rival
     from lab.run import open_run
     from lab.whole import Whole
+    from prompts_store.file import read_prompt
 
     open_store(settings).close()  # told now, not after an hour, if it cannot be had
     splits = split(documents(data, data_root))
     folder = run or Path("runs") / f"recover-{order.task}.{order.kind}.{order.level or 'stored'}.{order.seed}"
     plan = planned(order, splits, Places(folder, out or folder / "checkpoint", cache), data)
+    if out and not plan.solve:
+        made = f"{level} is made while loading" if (level := order.level) else "the model is compressed already"
+        raise CommandError(f"--out: {made}, so no checkpoint is written; leave it out, or name a --method", usage=True)
     with open_run(folder, plan.record(), order.seed) as kept, progress(quiet=quiet) as report:
         record(splits, folder / "splits.json")
         expected = {**estimates(plan), "push": 1.0}
@@ -179,6 +184,8 @@ def _run(
         assert outcome.select is not None
         assert outcome.report is not None
         with whole.step("push") as step, open_store(settings) as registry:
+            if not settings.seed_prompts:  # else a new store would never get those that `serve` starts one with
+                registry.seed([read_prompt(path) for path in shipped_prompts(plan.base)])
             found = measurement(outcome.select), measurement(outcome.report)
             pushed = publish(registry, outcome.file, order.task, *found, lambda other: rival(plan, other, step))
         before = kept.figures.get("seconds", {})
@@ -213,6 +220,8 @@ def _told(plan: Plan, outcome: Outcome, pushed: Published, settings: Settings, s
     model, level = plan.served
     serve = ["promptstitch", "serve", str(model)]
     serve += ["--level", level] if level else []
+    if shown["prompt"]["num_virtual_tokens"] > settings.max_prompt_tokens:
+        serve += ["--max-prompt-tokens", str(shown["prompt"]["num_virtual_tokens"])]
     serve += ["--dtype", plan.order.dtype] if plan.order.dtype != "auto" else []
     serve += ["--store", store] if store else []
     body = {"task": plan.order.task, "text": "The capital of France is", "max_tokens": 24, "resolution": "exact"}
@@ -231,6 +240,7 @@ def _told(plan: Plan, outcome: Outcome, pushed: Published, settings: Settings, s
             "file": str(plan.places.run / "learn" / "prompt.safetensors"),
             "num_virtual_tokens": shown["prompt"]["num_virtual_tokens"],
             "tokens_seen": learned["tokens"],
+            "documents_left_out": learned.get("documents_left_out", 0),
             **pushed.told(),
         },
         "perplexity": {

@@ -15,9 +15,10 @@ Runs = Annotated[
     typer.Argument(
         metavar="[RUNS]…",
         help="Folders that hold run folders of recover, matrix, learn, compress, …",
-        show_default="runs/lab",
+        show_default="runs",
     ),
 ]
+RUNS = Path("runs")
 Store = Annotated[
     str | None, typer.Option("--store", metavar="DIR", help="Store whose measurements are reported, too.")
 ]
@@ -52,7 +53,8 @@ def report(
 
     size = None if original is None else (original.name, original_bytes(original))
     with opened(url, key, store, config, needed=store is not None) as registry:
-        evidence = gather(runs or [Path("runs/lab")], registry)
+        usual = [] if registry is not None and not RUNS.is_dir() else [RUNS]
+        evidence = gather(runs or usual, registry)
     if not evidence.records and not evidence.measured:
         raise CommandError("there is nothing to report: no run folder, no evaluation and no measurement; name RUNS")
     page = page_of(evidence, size)

@@ -161,7 +161,7 @@ def _samples(order: _Asked, contenders: Sequence[Contender], models: Sequence[Mo
     from llama.load import info
     from llama.tokenizer import HubTokenizer
 
-    if order.window >= (context := info(models[0].folder).config.max_len):
+    if order.window > (context := info(models[0].folder).config.max_len):
         raise CommandError(f"--window {order.window} does not fit the model's context of {context} tokens", usage=True)
     layouts = {contender.prompt.bos for contender in contenders}
     tokenizer = HubTokenizer(models[0].folder)

@@ -82,7 +82,12 @@ class Matrix:
     @cached_property
     def device(self) -> torch.device:
         """The table's, which need not be at hand as long as nothing is started."""
-        return choose_device("auto") if self.table.device == "auto" else torch.device(self.table.device)
+        if self.table.device == "auto":
+            return choose_device("auto")
+        try:
+            return torch.device(self.table.device)
+        except RuntimeError:
+            raise TableError(f"device is {self.table.device!r}; choose auto, cpu, cuda or cuda:N") from None
 
 
 def estimated(matrix: Matrix, only: str | None, limit: int | None, speed: float | None) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ import platform
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -68,8 +69,11 @@ class Run:
 
     def close(self) -> None:
         """Let others have the folder."""
-        self._log.close()
-        self._lock.release()
+        try:
+            with suppress(OSError):  # a line that a full disk has refused, which was told then
+                self._log.close()
+        finally:
+            self._lock.release()
 
     def log(self, event: str, **fields: Any) -> None:
         """Add a line with the time (UTC). Raises RunError."""
@@ -103,6 +107,7 @@ class Run:
 
     def tell(self, **figures: Any) -> None:
         """Put these among the figures; those already there stay. Raises RunError."""
+        self.log("figures", names=sorted(figures))
         write_json(self.folder / FIGURES, {**self.figures, **figures})
 
     @property

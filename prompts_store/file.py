@@ -114,9 +114,14 @@ def encode_prompt(file: PromptFile) -> bytes:
 
 def write_prompt(path: Path, file: PromptFile) -> None:
     """Write the canonical bytes, all of them or none. Raises OSError."""
+    write_whole(path, encode_prompt(file))
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Replace `path`, or leave it as it is. Raises OSError."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(encode_prompt(file))
+        part.write_bytes(data)
         part.replace(path)
     except BaseException as error:
         part.unlink(missing_ok=True)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prompts_store.errors import InvalidArtifact
-from prompts_store.file import ANY, Limits, PromptFile, encode_prompt, read_prompt
+from prompts_store.file import ANY, Limits, PromptFile, read_prompt, write_prompt, write_whole
 from prompts_store.prefix_tuning import Turn, deepen, flatten
 from prompts_store.prompt import Bos, SoftPrompt
 from prompts_store.strict_json import load_object
@@ -166,8 +166,8 @@ def write_peft(directory: Path, file: PromptFile, *, base_model: str, rotate: Tu
         "task_type": "CAUSAL_LM",
     }
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
-    (directory / WEIGHTS_NAME).write_bytes(encode_prompt(file))
+    write_whole(directory / CONFIG_NAME, f"{json.dumps(config, indent=2, sort_keys=True)}\n".encode())
+    write_prompt(directory / WEIGHTS_NAME, file)
 
 
 def _text(fields: Mapping[str, Any], name: str) -> str | None:

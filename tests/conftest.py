@@ -6,6 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
+for name in ("GITHUB_ACTIONS", "FORCE_COLOR", "PY_COLORS"):  # read when typer is imported: help would be in colour
+    os.environ.pop(name, None)
+os.environ["NO_PROXY"] = os.environ["no_proxy"] = "127.0.0.1,localhost"  # servers of tests stand behind none
+
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is imported, which torch's CUDA builds bring
 

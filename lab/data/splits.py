@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -157,14 +158,15 @@ def _dealt(domains: Collection[str]) -> dict[str, Part]:
 
 
 def _pieces(document: Document) -> list[Document]:
-    """A text in pieces that end with a line."""
+    """A text in pieces that end with a line, or, where a line is longer than a piece, with a word."""
     if document.text is None or document.completion is not None:
         return [document]
     pieces = [""]
     for line in document.text.splitlines(keepends=True):
-        if len(pieces[-1]) >= PIECE:
-            pieces.append("")
-        pieces[-1] += line
+        for part in [line] if len(line) <= PIECE else re.findall(r"\S*\s*", line):
+            if len(pieces[-1]) >= PIECE:
+                pieces.append("")
+            pieces[-1] += part
     return [Document(f"{document.id}#{number}", text=text) for number, text in enumerate(pieces)]
 
 

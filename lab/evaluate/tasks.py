@@ -52,6 +52,9 @@ OFFLINE: Mapping[str, Offline] = MappingProxyType(
     {
         "hellaswag": Offline("hellaswag/validation.jsonl", _hellaswag),
         "piqa": Offline("piqa/validation.jsonl", lambda row: (f"Question: {row['question']}\nAnswer:", row["choices"])),
+        "arc_easy": Offline(
+            "arc_easy/validation.jsonl", lambda row: (f"Question: {row['question']}\nAnswer:", row["choices"])
+        ),
         "boolq": Offline(
             "boolq/validation.jsonl",
             lambda row: (f"{row['context']}\nQuestion: {row['question']}?\nAnswer:", row["choices"]),

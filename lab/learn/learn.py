@@ -164,6 +164,7 @@ def _figures(plan: Plan, learned: Learned, run: Run, steps: int, begun: Start) -
         "parameters": sum(tensor.numel() for tensor in begun.tensors.values()),
         "steps": steps,
         "tokens": learned.tokens,
+        "documents_left_out": plan.learn.left_out,
         "seconds": last["seconds"],
         "tokens_per_second": round(learned.tokens / max(last["seconds"], 1e-9), 1),
         "peak_resident_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,

@@ -199,7 +199,7 @@ def _place(loaded: LoadedModel) -> Place:
 
 def _misfits(order: Order, loaded: LoadedModel) -> dict[str, str]:
     """Why prompts cannot stand in front of a window here, by digest."""
-    room = loaded.model.config.max_len - order.window - 1
+    room = loaded.model.config.max_len - order.window
     found = {}
     for prompt in _prompts(order.contenders):
         if (n := prompt.num_virtual_tokens) > room:

@@ -127,7 +127,8 @@ def test_answers_have_the_lengths_that_were_asked_of_each(fake, checkpoint):
     assert result.output_tokens_per_second == pytest.approx(sum(job.max_tokens for job in jobs) / result.seconds)
 
 
-def test_uploads_go_on_beside_a_load_each_with_other_bytes(fake, checkpoint, tmp_path):
+def test_uploads_go_on_beside_a_load_each_with_other_bytes(fake, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.uploads.ENOUGH", 0.5)  # a busy machine leaves more than one under way
     [name] = write_prompts(checkpoint, tmp_path, count=1, rows=2)
     prompt = (tmp_path / f"{name}.safetensors").read_bytes()
     jobs = [Job(TEXT, 3, None, 30)] * 8

@@ -68,7 +68,8 @@ def measured(number, contestant, load, figures):
     return Measured(number, contestant, load, figures, None, 1.0, 0.1, True, 3.0)
 
 
-def test_rounds_take_turns_and_leave_no_process(checkpoint, tmp_path):
+def test_rounds_take_turns_and_leave_no_process(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("bench.uploads.ENOUGH", 0.5)  # a busy machine leaves more than one under way
     claims = tuple(claim(load) for load in ("stitched", "bare", "open", "uploads"))
     claims += (claim("first token", "ratio", peers=(), at_least=None, at_most=1.0),)
     claims += (claim("start", "first_answer_seconds", at_least=None, at_most=1.0),)

@@ -57,4 +57,4 @@ def test_vllm_stands_beside_our_steps_in_bf16(tmp_path):
     ours = [Figure(f"decode, {batch} at once", "bf16", 1.0, 1.0, 0.7) for batch in (1, 64)]
     found = roofline.beside_vllm(TINY, ours, python, "cpu", text=16)
     assert [f.what for f in found] == ["1 at once beside vLLM", "64 at once beside vLLM"]
-    assert all(2 <= f.milliseconds < 6 and f.share == f.milliseconds for f in found)
+    assert all(1 < f.milliseconds < 6 and f.share == f.milliseconds for f in found)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
+from pathlib import Path
+
 import httpx
 import pytest
 from support.fake_engine import LEVEL, WEIGHTS
@@ -33,6 +37,23 @@ def test_pull_replaces_a_file_only_by_force(answer, cli, place, prompt, tmp_path
     assert target.read_text() == "precious"
     answer("prompts", "pull", "haiku@1", "--to", target, "--force", *place)
     assert read_prompt(target).prompt.num_virtual_tokens == 4
+
+
+def test_pull_on_a_full_disk_leaves_the_file_that_was_there(answer, cli, place, prompt, tmp_path, monkeypatch):
+    answer("prompts", "push", prompt(1), "--task", "haiku", *place)
+    (tmp_path / "out").mkdir()
+    target = tmp_path / "out" / "mine"
+    target.write_text("precious")
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    refused = cli("prompts", "pull", "haiku@1", "--to", target, "--force", *place)
+    assert refused.exit_code == 1
+    assert refused.stderr == f"error: {target}: No space left on device\n"
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["mine"]
+    assert target.read_text() == "precious"
 
 
 def test_the_task_may_stand_in_the_file(answer, cli, place, prompt, tmp_path):

@@ -24,6 +24,7 @@ from prompts_store.file import PromptFile, read_prompt
 from prompts_store.store import PromptStore
 from server.settings import Settings, load_settings
 
+SHIPPED_BASE = "sha256:91dfa36327b121cf7e46f2d3c86f9d4846e52d6b9c390b21c1fd4b9fb46c6209"  # smollm2-135m
 COMMAND = (sys.executable, "-c", "from cli.main import main; main()")
 
 
@@ -171,7 +172,7 @@ def test_only_shipped_prompts_of_the_models_base_are_seeded(model, tmp_path):
     settings, _ = to_serve(load_settings(model=str(model)), lambda *_: None)
     assert (settings.level, settings.seed_prompts) == (None, ())
     own = tmp_path / "own"
-    own.write_bytes(shipped_prompts()[0].read_bytes())
+    own.write_bytes(shipped_prompts(SHIPPED_BASE)[0].read_bytes())
     chosen, _ = to_serve(load_settings(model=str(model), seed_prompts=[own]), lambda *_: None)
     assert chosen.seed_prompts == (own,)
 
@@ -207,7 +208,7 @@ def test_where_prefixes_are_kept(given, folder):
 
 
 def test_the_shipped_prompt_was_learned_at_the_level_that_is_served_by_default():
-    shipped = {file.provenance.level: file for file in map(read_prompt, shipped_prompts())}
+    shipped = {file.provenance.level: file for file in map(read_prompt, shipped_prompts(SHIPPED_BASE))}
     assert shipped[EMBEDDED_LEVEL].provenance.task == "general"
     assert shipped[EMBEDDED_LEVEL].provenance.weights is not None
     assert EMBEDDED == "smollm2-135m"

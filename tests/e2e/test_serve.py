@@ -1,6 +1,7 @@
 """`promptstitch serve` from outside: what is there on the first day, and after a stop or a kill."""
 
 import shlex
+import shutil
 import signal
 import subprocess
 
@@ -23,6 +24,7 @@ def test_the_first_request_is_stitched_with_the_bundled_prompt(default):
     assert answer["usage"] == {**answer["usage"], "text_tokens": 5, "soft_tokens": 32, "completion_tokens": 8}
 
 
+@pytest.mark.skipif(not shutil.which("curl"), reason="curl is not installed")
 def test_the_line_that_serve_prints_works(default):
     line = default.output().strip().splitlines()
     curl = next(text for text in line if text.startswith("curl "))

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,8 @@ def test_shell_lines(default, here, page):
     lines = [line for block in blocks(page, "sh") for line in block.replace("\\\n", " ").splitlines() if line.strip()]
     assert lines
     for line in lines:
+        if line.startswith("curl ") and not shutil.which("curl"):
+            continue
         done = subprocess.run(
             shlex.split(line.replace(ADDRESS, default.url)),
             cwd=here,

@@ -129,7 +129,7 @@ def test_cancel_frees_pages_and_ends_silently(make_engine):
 
 def test_deadline_ends_running_and_waiting_requests(make_engine):
     engine = make_engine(max_running=1)
-    answers = [ask(engine, TEXT, max_tokens=1900, timeout=t) for t in (0.2, 0.1, 0.0)]
+    answers = [ask(engine, TEXT, max_tokens=1900, n=8, timeout=t) for t in (0.2, 0.1, 0.0)]
     assert [answer.wait().last.code for answer in answers] == ["deadline"] * 3
     until(lambda: engine.stats().pages_used == 0)
 
@@ -216,8 +216,8 @@ def test_a_full_queue_says_when_to_come_back(make_engine):
 
 def test_close_drains_then_fails_the_rest(make_engine):
     engine = make_engine(max_running=1)
-    short, long = ask(engine, TEXT, max_tokens=4), ask(engine, TEXT, max_tokens=1900)
-    engine.close(drain=0.3)
+    short, long = ask(engine, TEXT, max_tokens=4), ask(engine, TEXT, max_tokens=1900, n=32)
+    engine.close(drain=1.0)
     assert isinstance(short.wait().last, RequestDone)
     assert long.wait().last.code == "shutdown"
     with pytest.raises(EngineClosed):

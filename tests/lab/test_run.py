@@ -96,6 +96,16 @@ def test_a_real_full_disk_is_told_when_writing_bytes(tmp_path):
         write_bytes(Path("/dev/full/x"), b"x")
 
 
+def test_a_line_that_a_full_disk_refuses_is_told_once_and_the_folder_let_go(tmp_path):
+    """Closing tried to write the line again, and that error took the place of the one that says what to do."""
+    with open_run(tmp_path, CONFIG) as run:
+        run._log.close()
+        run._log = Path("/dev/full").open("ab")  # noqa: SIM115
+        with pytest.raises(RunError, match=r"No space left on device.*make room"):
+            run.log("step")
+    open_run(tmp_path, CONFIG).close()
+
+
 def test_a_damaged_state_says_what_to_do(tmp_path):
     with open_run(tmp_path, CONFIG) as run:
         (tmp_path / STATE).write_bytes(b"nonsense")
@@ -111,11 +121,11 @@ KILLED = """
     with open_run(Path(sys.argv[1]), {"x": 1}) as run:
         state = run.load()
         step = state.values["step"] if state else 0
-        print("ready", flush=True)
         while True:
             step += 1
             run.log("step", step=step)
             run.save(State({"x": torch.full((1000,), float(step))}, {"step": step}))
+            print("saved", flush=True)
             run.tell(step=step)
 """
 

