@@ -54,7 +54,7 @@ class Commands(TyperGroup):
 
 def explain(error: Exception) -> tuple[str, int]:
     """The lines and the exit code of an error of the packages below. Raises it again if it is none of theirs."""
-    from prompts_store.errors import BadKey, BadLevel, BadReference, InvalidArtifact, StoreError
+    from prompts_store.errors import NO_ROOM, BadKey, BadLevel, BadReference, InvalidArtifact, StoreError
     from server.settings import SettingsError
 
     if isinstance(error, SettingsError):
@@ -62,9 +62,9 @@ def explain(error: Exception) -> tuple[str, int]:
     if isinstance(error, StoreError):
         hint = f" ({OPTIONS[error.code]})" if error.code in OPTIONS else ""
         return error.message + hint, 2 if isinstance(error, BadKey | BadLevel | BadReference | InvalidArtifact) else 1
-    if isinstance(error, OSError):
-        where = "" if error.filename is None else f"{error.filename}: "
-        return f"{where}{error.strerror or error}", 1
+    if isinstance(error, OSError) and (error.filename is not None or error.errno in NO_ROOM):
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{error.strerror}", 1
     from lab.data.documents import DataError
     from lab.errors import RunError
     from llama.errors import ModelError

@@ -58,7 +58,7 @@ def to_serve(settings: Settings, steps: Steps) -> tuple[Settings, Identity]:
     level = settings.level
     identity = info(folder, level=level, base=settings.base).identity
     place = choose_device(settings.device)
-    choose_compute(settings.compute, choose_dtype(settings.dtype, place), place, identity.level)
+    choose_compute(settings.compute, choose_dtype(settings.dtype, place, settings.compute), place, identity.level)
     if level is None and settings.model == EMBEDDED and not Path(EMBEDDED).is_dir() and identity.level == "dense":
         level = EMBEDDED_LEVEL
         identity = info(folder, level=level, base=settings.base).identity

@@ -184,8 +184,8 @@ def _run(
         assert outcome.select is not None
         assert outcome.report is not None
         with whole.step("push") as step, open_store(settings) as registry:
-            if not settings.seed_prompts:  # else a new store would never get those that `serve` starts one with
-                registry.seed([read_prompt(path) for path in shipped_prompts(plan.base)])
+            seeds = map(read_prompt, settings.seed_prompts or shipped_prompts(plan.base))
+            registry.seed([file for file in seeds if file.prompt.base == plan.base])  # as `serve` starts a new store
             found = measurement(outcome.select), measurement(outcome.report)
             pushed = publish(registry, outcome.file, order.task, *found, lambda other: rival(plan, other, step))
         before = kept.figures.get("seconds", {})

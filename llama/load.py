@@ -91,7 +91,7 @@ def load(
 
 def _target(dtype: str, device: str, compute: str | None, level: str) -> Target:
     place = choose_device(device)
-    chosen = choose_dtype(dtype, place)
+    chosen = choose_dtype(dtype, place, compute)
     return Target(chosen, place, integers=choose_compute(compute, chosen, place, level) == "int8")
 
 
@@ -189,16 +189,18 @@ def choose_compute(name: str | None, dtype: torch.dtype, device: torch.device, l
         return "int8" if name == "int8" or of_integers(level) else plain
     if name == "int8":
         raise UnsupportedModel(
-            "compute int8 needs dtype bfloat16, a CPU with AVX-512 VNNI or AVX2, and the package's kernels"
+            "compute int8 needs dtype bfloat16, a CPU with AVX-512 VNNI, or AVX2 alone, and the package's kernels"
         )
     return plain
 
 
-def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """`auto` is bf16 where the hardware multiplies it, or our kernels do, else fp32. Raises UnsupportedModel."""
+def choose_dtype(name: str, device: torch.device, compute: str | None = None) -> torch.dtype:
+    """`auto` is bf16 where the hardware multiplies it, else fp32; where a `compute` is asked for, as for serving, whose
+    every product is then one of ours, our kernels are enough. Raises UnsupportedModel."""
     if name == "auto":
         fast = device.type == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-        return torch.bfloat16 if fast or native.kernels() is not None else torch.float32
+        ours = compute is not None and device.type == "cpu" and native.kernels() is not None
+        return torch.bfloat16 if fast or ours else torch.float32
     if name not in DTYPES:
         raise UnsupportedModel(f"dtype is {name!r}; supported: auto, {', '.join(DTYPES)}")
     return DTYPES[name]

@@ -7,7 +7,6 @@ every read recomputes the digest. Knows no prompt and no database: who refers to
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import tempfile
@@ -17,10 +16,9 @@ from typing import Protocol
 
 from filelock import FileLock, Timeout
 
-from prompts_store.errors import CorruptBlob, StorageFull, StoreLocked
+from prompts_store.errors import NO_ROOM, CorruptBlob, StorageFull, StoreLocked
 from prompts_store.reference import is_digest
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO}
 _TEMPORARY = "tmp-"
 
 
@@ -127,7 +125,7 @@ def storage_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in _FULL:
+        if error.errno in NO_ROOM:
             raise StorageFull(f"nothing was stored: {error.strerror}") from error
         raise
 

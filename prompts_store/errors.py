@@ -24,7 +24,10 @@ Every error has a stable `code`, a `message` that says what to do, and `field`: 
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Sequence
+
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)  # of an OSError: the disk takes no more bytes
 
 
 class StoreError(Exception):

@@ -118,7 +118,11 @@ def write_prompt(path: Path, file: PromptFile) -> None:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Replace `path`, or leave it as it is. Raises OSError."""
+    """Replace `path`, or leave it as it is; what is no file, such as a pipe, is written to. Raises OSError."""
+    path = path.resolve()  # a link goes on to point where it does
+    if path.exists() and not path.is_file():
+        path.write_bytes(data)
+        return
     part = path.with_name(f".{path.name}.part")
     try:
         part.write_bytes(data)

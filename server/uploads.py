@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import errno
 import hashlib
 import re
 import tempfile
@@ -24,7 +23,7 @@ from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
 from engine.api import Engine, EngineInfo, InvalidRequest
-from prompts_store.errors import InvalidArtifact, StorageFull
+from prompts_store.errors import NO_ROOM, InvalidArtifact, StorageFull
 from prompts_store.file import Limits, PromptFile, ServedDtype, read_prompt
 from prompts_store.peft import CONFIG_NAME, MAX_CONFIG_BYTES, WEIGHTS_NAME, read_peft
 from prompts_store.prompt import Bos
@@ -37,7 +36,6 @@ WRITE_BYTES = 1 << 20  # written at once, in a thread
 RAW_TYPES = ("application/octet-stream", "")
 MULTIPART = "multipart/form-data"
 _SHA256 = re.compile(r"(?:^|,)\s*sha-256=:([A-Za-z0-9+/=]+):")
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +100,7 @@ async def received(request: Request, settings: Settings, content_digest: str | N
                 )
             yield Upload(weights, config, body.sha256.hexdigest(), body.size)
     except OSError as error:
-        if error.errno in _DISK_FULL:
+        if error.errno in NO_ROOM:
             raise StorageFull("no room for an upload on this server's disk") from error
         raise
 

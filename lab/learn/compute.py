@@ -24,7 +24,7 @@ Compute = Literal["auto", "packed", "float32", "bfloat16", "int8"]
 
 
 def choose_compute(name: str, device: torch.device) -> str:
-    """`auto` is what multiplies fastest: a copy in bf16 on CUDA, in int8 on a CPU with VNNI, else in fp32.
+    """`auto` is what multiplies fastest: a copy in bf16 on CUDA, in int8 where a CPU has kernels for it, else in fp32.
 
     Raises LearnError.
     """

@@ -145,8 +145,8 @@ INLINE struct floats both_abs_ps(struct floats a) {
     return as_floats(both_and_si256(as_words(a), both_set1_epi32(0x7fffffff)));
 }
 INLINE struct floats both_round_ps(struct floats a) {
-    const int nearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-    return (struct floats){_mm256_round_ps(a.lo, nearest), _mm256_round_ps(a.hi, nearest)};
+    return (struct floats){_mm256_round_ps(a.lo, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC),
+                           _mm256_round_ps(a.hi, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC)};
 }
 INLINE struct floats both_cvtepi32_ps(struct words a) {
     return (struct floats){_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)};

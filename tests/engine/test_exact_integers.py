@@ -15,9 +15,7 @@ from llama import native
 from llama.load import load
 
 ours = native.kernels()
-pytestmark = pytest.mark.skipif(
-    ours is None or not ours.multiplies_integers, reason="this CPU multiplies no integers (AVX-512 VNNI)"
-)
+pytestmark = pytest.mark.skipif(ours is None or not ours.multiplies_integers, reason="this CPU multiplies no integers")
 
 
 @pytest.fixture(scope="module")

@@ -78,7 +78,7 @@ def test_product_of_every_width(n, k, layout):
 
 
 needs_integers = pytest.mark.skipif(
-    kernels is None or not kernels.multiplies_integers, reason="this CPU multiplies no integers (AVX-512 VNNI or AVX2)"
+    kernels is None or not kernels.multiplies_integers, reason="this CPU multiplies no integers"
 )
 
 

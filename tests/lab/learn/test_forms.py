@@ -101,7 +101,7 @@ def test_a_copy_in_fp32_holds_the_very_values_that_are_served_in_bf16(dense):
 def test_integers_give_nearly_the_gradient_of_fp32():
     """Layers whose sides are multiples of 64 are products of integers, the others stay as they are."""
     if choose_compute("auto", CPU) != "int8":
-        pytest.skip("this CPU has no VNNI, or the kernels were not built")
+        pytest.skip("this CPU multiplies no integers, or the kernels were not built")
     config = {"hidden_size": 128, "intermediate_size": 192, "num_attention_heads": 4, "num_key_value_heads": 2}
     found = []
     for compute in ("float32", "int8"):
