@@ -44,7 +44,7 @@ def requests(config, count: int) -> list[tuple[list[int], object]]:
 
 
 def test_greedy_answers_equal_transformers(served, embedded, full):
-    count = 200 if full else 40
+    count = 200 if full else 32
     asked = requests(served._model.config, count)
     answers = [ask(served, text, prompt, max_tokens=(8, 100)[i % 2]) for i, (text, prompt) in enumerate(asked)]
     cancelled = set(range(3, count, 9))
