@@ -52,14 +52,15 @@ def to_serve(settings: Settings, steps: Steps) -> tuple[Settings, Identity]:
     starts with, unless others are named.
     What can be found wrong without loading is found here. Raises CommandError, ModelError.
     """
-    if settings.model == EMBEDDED and not Path(EMBEDDED).is_dir() and not default_folder(EMBEDDED).is_dir():
+    named = settings.model == EMBEDDED and not Path(EMBEDDED).is_dir()
+    if named and not default_folder(EMBEDDED).is_dir():
         fetch(EMBEDDED, None, steps)
     folder = find_model(settings.model)
     level = settings.level
     identity = info(folder, level=level, base=settings.base).identity
     place = choose_device(settings.device)
     choose_compute(settings.compute, choose_dtype(settings.dtype, place, settings.compute), place, identity.level)
-    if level is None and settings.model == EMBEDDED and not Path(EMBEDDED).is_dir() and identity.level == "dense":
+    if level is None and named and identity.level == "dense":
         level = EMBEDDED_LEVEL
         identity = info(folder, level=level, base=settings.base).identity
     seeds = settings.seed_prompts or tuple(shipped_prompts(identity.base))

@@ -16,8 +16,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("server", "engine", "llama", "prompts_store", "lab", "bench", "cli")
 MAX_MODULE, MAX_FUNCTION = 350, 60  # lines
-# Calls that run or unpickle what they are given. `torch.load` is one even with weights_only.
+# Calls that run or unpickle what they are given. `torch.load` is one even with weights_only, which one command may do.
 FORBIDDEN_CALLS = {"eval", "exec", "compile", "__import__", "torch.load", "yaml.load", "os.system", "pickle.load"}
+ALLOWED = {"cli/paper.py": ["torch.load of weights only"]}
 FORBIDDEN_MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
@@ -59,8 +60,8 @@ def suspicious(tree: ast.Module) -> Iterator[str]:
             yield str(node.module)
         elif isinstance(node, ast.Call):
             tensors_alone = any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords)
-            if (name := ast.unparse(node.func)) in FORBIDDEN_CALLS and not (name == "torch.load" and tensors_alone):
-                yield name
+            if (name := ast.unparse(node.func)) in FORBIDDEN_CALLS:
+                yield f"{name} of weights only" if tensors_alone else name
             for keyword in node.keywords:
                 if keyword.arg in ("trust_remote_code", "shell") and ast.unparse(keyword.value) != "False":
                     yield f"{keyword.arg}={ast.unparse(keyword.value)}"
@@ -68,7 +69,7 @@ def suspicious(tree: ast.Module) -> Iterator[str]:
 
 @pytest.mark.parametrize("file", OURS, ids=str)
 def test_nothing_from_outside_is_run_or_unpickled(file):
-    assert not list(suspicious(parsed(file)))
+    assert list(suspicious(parsed(file))) == ALLOWED.get(str(file), [])
 
 
 def test_the_search_for_such_calls_finds_them():
@@ -82,6 +83,7 @@ def test_the_search_for_such_calls_finds_them():
         "dill",
         "torch.load",
         "eval",
+        "torch.load of weights only",
         "trust_remote_code=True",
         "shell=x",
     ]

@@ -170,6 +170,13 @@ def test_beside_the_dense_model(answer, model, text, soft):
     assert told["dense_prompted_perplexity"] > 1
 
 
+def test_a_window_may_fill_the_context(answer, model, soft, tmp_path):
+    long = tmp_path / "long.txt"
+    long.write_text("word " * 420)
+    told = answer("evaluate", model, "--text", long, "--window", 2043, "--prompt", soft(n=5))
+    assert told["scored_tokens"] == 2042
+
+
 def test_the_dense_model_beside_itself(answer, model, text, tmp_path):
     given = ("evaluate", model, "--text", text, "--window", WINDOW, "--dtype", "float32", "--dense", model)
     for _ in range(2):  # the second time from the kept states

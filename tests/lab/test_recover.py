@@ -282,6 +282,7 @@ def test_data_that_cannot_be_used(command, checkpoint, tmp_path, name):
         ([], "say which level"),
         (["--level", "w3g64", "--method", "wanda"], "choose one of: gptq, rtn"),
         (["--level", "w3g64", "--allocation", "sensitivity"], "is made while loading and writes no checkpoint"),
+        (["--level", "w3g64", "--out", "made"], "--out: w3g64 is made while loading, so no checkpoint is written"),
         (["--level", "s50", "--allocation", "even"], "choose one of: uniform, sensitivity"),
     ],
 )

@@ -8,7 +8,7 @@ from llama import native
 from llama.errors import UnsupportedModel
 from llama.formats.promptstitch import q8_tensors, with_q8_tables
 from llama.linear import DenseLinear
-from llama.load import choose_compute, load
+from llama.load import choose_compute, choose_dtype, load
 from llama.panels import IntegerPanelLinear, PanelLinear
 from llama.q8 import q8_nearest
 
@@ -114,6 +114,17 @@ def test_what_cannot_be_is_refused(name, dtype, words):
     with pytest.raises(UnsupportedModel) as raised:
         choose_compute(name, dtype, CPU, "w3g64")
     assert all(word in str(raised.value) for word in words)
+
+
+@pytest.mark.parametrize("hardware", [False, True])
+@pytest.mark.parametrize("built", [False, True])
+@pytest.mark.parametrize("compute", [None, "auto"])
+def test_auto_is_bf16_only_where_somebody_multiplies_it_fast(monkeypatch, hardware, built, compute):
+    """Learning took minutes for seconds in torch's own bf16 product, on a CPU where our kernels serve bf16."""
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: hardware)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: False)
+    monkeypatch.setattr(native, "kernels", lambda: object() if built else None)
+    assert (choose_dtype("auto", CPU, compute) == BF16) == (hardware or (built and compute is not None))
 
 
 def test_without_the_kernels_everything_is_as_before(monkeypatch, tmp_path):
