@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 import pickle
 import struct
 import time
@@ -17,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from prompts_store.errors import InvalidArtifact
-from prompts_store.file import Limits, PromptFile, Provenance, encode_prompt, read_prompt, write_prompt, write_whole
+from prompts_store.file import Limits, PromptFile, Provenance, encode_prompt, read_prompt, write_prompt
 from prompts_store.header import MAX_HEADER_BYTES, read_header
 
 BASE = "sha256:" + "ba" * 32
@@ -49,20 +48,6 @@ def test_a_file_is_read_back_as_it_was_written(rows, kv, tmp_path):
         assert not again.bound
         assert again.prompt.digest == prompt.digest
         assert encode_prompt(again) == (tmp_path / "p.safetensors").read_bytes()
-
-
-def test_a_link_goes_on_and_what_is_no_file_is_written_to(tmp_path):
-    """A rename would put a plain file in the place of a pipe, or of /dev/null."""
-    (tmp_path / "link").symlink_to(tmp_path / "file")
-    write_whole(tmp_path / "link", b"x")
-    assert (tmp_path / "link").is_symlink()
-    assert (tmp_path / "file").read_bytes() == b"x"
-    os.mkfifo(tmp_path / "pipe")
-    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
-    write_whole(tmp_path / "pipe", b"y")
-    assert os.read(reader, 2) == b"y"
-    os.close(reader)
-    assert (tmp_path / "pipe").is_fifo()
 
 
 def test_the_safetensors_library_reads_what_we_write(kv, tmp_path):
