@@ -78,8 +78,8 @@ class _Opaque(torch.autograd.Function):
 class DenseLinear(OpaqueLinear):
     """Weights in the compute dtype.
 
-    `prepare` rearranges bf16 weights on the CPU for the faster of two products, in place of the plain ones: our own,
-    which sums in fp32, or oneDNN's, where the CPU has matrix units. In fp32 nothing is gained, so that stays as it is.
+    `prepare` rearranges bf16 weights on the CPU for our own product, or without it for oneDNN's, in place of the plain
+    ones. In fp32 nothing is gained, so that stays as it is.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -119,9 +119,9 @@ class DenseLinear(OpaqueLinear):
         weight = self.weight
         if weight is None or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
             return
-        if ours := native.product():
-            dots = native.dot_is_faster() and weight.shape[1] % 2 == 0
-            self.panels, self.weight = (ours.pairs if dots else ours.panels)(weight.detach()), None
+        if ours := native.kernels():
+            in_pairs = native.in_pairs(weight.shape[1])
+            self.panels, self.weight = (ours.pairs if in_pairs else ours.panels)(weight.detach()), None
         elif torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported():
             self.prepacked = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), PREPACK_ROWS)
             self.weight = None

@@ -21,6 +21,7 @@ PANEL = 32  # outputs of a panel of weights
 GROUP = 64  # inputs that share a scale in `llama.integers`
 SHARE = 32  # what the groups of a product of integers are multiples of
 SCALES = (torch.bfloat16, torch.float32, torch.float16)  # what scales may be kept in, as the product numbers them
+MATRIX_INPUTS = 32  # bf16 inputs that a matrix unit takes at once
 DOT_GAIN = 1.2  # of the bf16 dot product over fp32's multiply-add: from here on it is taken
 LANES = 16  # what page sizes and head widths must be multiples of
 POINTER, LONG, INT, FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
@@ -93,6 +94,7 @@ class Kernels:
         self._dot_gain.restype = ctypes.c_double
         self.multiplies_integers = bool(library.promptstitch_integers_supported())
         self.dots = bool(library.promptstitch_dots_supported())  # whether the CPU has the bf16 dot product
+        self.matrix_units = bool(library.promptstitch_matrix_units())
 
     def dot_gain(self) -> float:
         """Products a second of the bf16 dot product, which this CPU must have, over those of fp32's multiply-add."""
@@ -118,7 +120,7 @@ class Kernels:
         return self._laid_out("panels", weight, weight.shape[1], PANEL // 2)
 
     def pairs(self, weight: Tensor) -> Tensor:
-        """W (N, K), K even → (ceil(N / 32), K / 2, 32) int32, as `linear` reads it where `dots` says so."""
+        """W (N, K), K even → (ceil(N / 32), K / 2, 32) int32, as `linear` reads it where `in_pairs` says so."""
         return self._laid_out("pairs", weight, weight.shape[1] // 2, PANEL)
 
     def _laid_out(self, layout: str, weight: Tensor, rows: int, width: int) -> Tensor:
@@ -128,7 +130,7 @@ class Kernels:
         return panels
 
     def linear(self, x: Tensor, panels: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
-        """x (T, K) bf16 → x Wᵀ + b (T, N), summed in fp32; over `panels` fp32, too, over `pairs` by the dot product."""
+        """x (T, K) bf16 → x Wᵀ + b (T, N), summed in fp32; over `panels` fp32, too."""
         if panels.shape[2] < PANEL:
             return self._product(16, x, panels, None, None, None, x.shape[1], bias, out_features)
         assert x.dtype == torch.bfloat16
@@ -282,13 +284,14 @@ def _wide(x: Tensor) -> bool:
 
 
 @cache
-def product() -> Kernels | None:
-    """The kernels where they beat oneDNN in bf16: everywhere but on matrix units."""
-    return None if torch.cpu._is_amx_tile_supported() else kernels()
-
-
-@cache
 def dot_is_faster() -> bool:
     """Whether this CPU's bf16 dot product beats its fp32 multiply-add."""
     ours = kernels()
     return ours is not None and ours.dots and ours.dot_gain() >= DOT_GAIN
+
+
+def in_pairs(inputs: int) -> bool:
+    """Whether bf16 weights of so many inputs lie in `pairs`: for matrix units, or where the dot product is faster."""
+    ours = kernels()
+    on_matrix_units = ours is not None and ours.matrix_units and inputs % MATRIX_INPUTS == 0
+    return on_matrix_units or (dot_is_faster() and inputs % 2 == 0)

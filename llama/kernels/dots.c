@@ -1,9 +1,10 @@
 /* y = x Wᵀ + b in bf16 by the dot product of AVX512-BF16, where that is faster than fp32's multiply-add (`gemm.c`).
  *
- * Weights lie in panels of 32 outputs, two inputs of each output side by side. Every output is one chain of sums over all
- * its inputs, whatever rows are beside it, so a row is the same to the last bit in any batch.
+ * Weights lie in panels of 32 outputs, two inputs of each output side by side, which is how matrix units want them, too.
+ * Every output is one chain of sums over all its inputs, whatever rows are beside it, so a row is the same to the last bit
+ * in any batch; for that, what can go to matrix units always does.
  */
-#include "vectors.h"
+#include "matrix.h"
 
 #define PANEL 32   /* outputs: two vectors */
 #define AHEAD 6144 /* bytes that are asked for early, into the next page, where prefetchers do not go */
@@ -61,14 +62,16 @@ VECTORS void promptstitch_dots(const uint32_t *x, const uint32_t *panels, const 
     static __thread struct scratch shared;
     if (m == 0) return; /* a step that only prefills looks at no row */
     const long pairs = k / 2, count = (n + PANEL - 1) / PANEL;
-    long tiles = (m + TILE - 1) / TILE;
+    const int matrix = k % 32 == 0 && matrix_units(), most = matrix ? MATRIX_ROWS : TILE;
+    long tiles = (m + most - 1) / most;
     const int even = (int)((m + tiles - 1) / tiles); /* rows a tile: 11, 11 and 10 rather than 12, 12 and 8 */
     tiles = (m + even - 1) / even;
-    uint32_t *turned = reserve(&shared, sizeof(uint32_t) * tiles * even * pairs);
+    uint32_t *turned = matrix ? NULL : reserve(&shared, sizeof(uint32_t) * tiles * even * pairs);
 #pragma omp parallel
     {
+        if (matrix) set_up_tiles(even, 16);
 #pragma omp for
-        for (long t = 0; t < tiles; t++)
+        for (long t = 0; t < (matrix ? 0 : tiles); t++)
             for (long i = 0; i < pairs; i++)
                 for (int r = 0; r < even; r++) { /* what the last tile lacks repeats the last row */
                     long row = t * even + r < m ? t * even + r : m - 1;
@@ -80,15 +83,20 @@ VECTORS void promptstitch_dots(const uint32_t *x, const uint32_t *panels, const 
             __mmask16 here = first(left), beyond = left > LANES ? first(left - LANES) : 0;
             __m512 b0 = bias ? load(bias, p * PANEL, here, 0) : _mm512_setzero_ps();
             __m512 b1 = bias ? load(bias, p * PANEL + LANES, beyond, 0) : _mm512_setzero_ps();
+            const uint32_t *panel = panels + p * pairs * PANEL;
             for (long t = 0; t < tiles; t++) {
-                float sums[TILE * PANEL];
-                over_panel(even, turned + t * even * pairs, panels + p * pairs * PANEL, pairs, sums);
-                for (long r = 0, row = t * even; r < even && row < m; r++, row++) {
+                float sums[MATRIX_ROWS * PANEL];
+                long row = t * even;
+                if (matrix && row + even > m) row = m - even; /* the last tile begins earlier instead */
+                if (matrix) matrix_of_pairs(even, (const bf16 *)x + row * k, k, panel, t ? 0 : AHEAD, sums);
+                else over_panel(even, turned + t * even * pairs, panel, pairs, sums);
+                for (long r = 0; r < even && row < m; r++, row++) {
                     long at = row * n + p * PANEL;
                     store(y, at, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r), b0), here, 0);
                     store(y, at + LANES, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r + LANES), b1), beyond, 0);
                 }
             }
         }
+        if (matrix) release_tiles();
     }
 }

@@ -5,14 +5,14 @@
  * known beforehand. Or halves of bytes that are looked up in a table of 16 bytes, these 128 above their value. Every
  * `group` inputs of an output share a scale and perhaps an offset: W = code * scale + offset. Inputs are rounded here,
  * every `share` of a row to a grid that the largest of them spans; only from share to share fp32 sums. So an output is
- * the same to the last bit whichever rows stand beside its own.
+ * the same to the last bit whichever rows stand beside its own, and whichever unit summed: many rows go to matrix units
+ * where there are any.
  */
-#include "vectors.h"
+#include "many.h"
 
 #include <math.h>
 
-#define PANEL 32   /* outputs: two vectors */
-#define AHEAD 6144 /* bytes that are asked for early, into the next page, where prefetchers do not go */
+#define MATRIX_FROM 7 /* rows for which unpacking for matrix units pays */
 
 #ifdef AVX2
 int promptstitch_integers_supported(void) { return 1; }
@@ -20,29 +20,9 @@ int promptstitch_integers_supported(void) { return 1; }
 int promptstitch_integers_supported(void) { return __builtin_cpu_supports("avx512vnni"); }
 #endif
 
-struct weights {
-    const uint8_t *codes, *table; /* table: 16 bytes, or NULL */
-    const char *scales, *offsets; /* (panels, groups, 32); offsets or NULL */
-    long k, group, share;         /* share divides group */
-    int bits, kept;               /* kept: as `factors` has it */
-};
-
-/* Rows of x in integers, a tile side by side: codes (K / 4, rows, 4); scales and sums of codes (K / share, rows). */
-struct tile {
-    int8_t *codes;
-    float *scales;
-    int32_t *sums;
-};
-
-static inline size_t tile_bytes(const struct weights *w, long rows) { return rows * (w->k + 8 * (w->k / w->share)); }
-
-static inline struct tile tile_at(void *tiles, const struct weights *w, long rows, long number) {
-    char *at = (char *)tiles + tile_bytes(w, rows) * number;
-    return (struct tile){(int8_t *)at, (float *)(at + rows * w->k), (int32_t *)(at + rows * (w->k + 4 * (w->k / w->share)))};
-}
-
-/* Row r of a tile. */
-INLINE void encode(const int wide, const char *x, const struct weights *w, int r, int rows, struct tile out) {
+/* Row r of a tile; from four codes to the next it is `apart` fours. */
+INLINE void encode(const int wide, const char *x, const struct weights *w, int r, int rows, long apart, struct tile out) {
+    int32_t *codes_of = (int32_t *)out.codes + (apart == 1 ? r * (w->k / 4) : r);
     const int vectors = (int)(w->share / LANES);
     for (long g = 0; g < w->k / w->share; g++) {
         __m512 value[4], largest = _mm512_setzero_ps();
@@ -61,19 +41,19 @@ INLINE void encode(const int wide, const char *x, const struct weights *w, int r
             int32_t fours[4];
             _mm_storeu_si128((__m128i *)fours, _mm512_cvtsepi32_epi8(codes));
             for (int j = 0; j < 4; j++)
-                ((int32_t *)out.codes)[(g * (w->share / 4) + i * 4 + j) * rows + r] = fours[j];
+                codes_of[(g * (w->share / 4) + i * 4 + j) * apart] = fours[j];
         }
         out.scales[g * rows + r] = most / 127.0f;
         out.sums[g * rows + r] = _mm512_reduce_add_epi32(sum);
     }
 }
 
-VECTORS static void encode_wide(const char *x, const struct weights *w, int r, int rows, struct tile out) {
-    encode(1, x, w, r, rows, out);
+VECTORS static void encode_wide(const char *x, const struct weights *w, int r, int rows, long apart, struct tile out) {
+    encode(1, x, w, r, rows, apart, out);
 }
 
-VECTORS static void encode_narrow(const char *x, const struct weights *w, int r, int rows, struct tile out) {
-    encode(0, x, w, r, rows, out);
+VECTORS static void encode_narrow(const char *x, const struct weights *w, int r, int rows, long apart, struct tile out) {
+    encode(0, x, w, r, rows, apart, out);
 }
 
 /* A tile of x over one panel -> sums (rows, 32). With few rows the inputs are dealt out to several sums, since one sum
@@ -148,13 +128,9 @@ static inline __attribute__((always_inline)) BYTES void over(const int rows, con
             for (int half = 0; half < 2; half++) {
 #pragma GCC unroll 4
                 for (int v = 1; v < ways; v++) sum[0][r][half] = _mm512_add_epi32(sum[0][r][half], sum[v][r][half]);
-                __m512 step = _mm512_set1_ps(x.scales[g * rows + r]), total = _mm512_loadu_ps(sums + PANEL * r + LANES * half);
-                total = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_cvtepi32_ps(sum[0][r][half]), step), scale[half], total);
-                if (w->offsets) {
-                    __m512 inputs = _mm512_mul_ps(_mm512_set1_ps((float)x.sums[g * rows + r]), step);
-                    total = _mm512_fmadd_ps(inputs, offset[half], total);
-                }
-                _mm512_storeu_ps(sums + PANEL * r + LANES * half, total);
+                float *total = sums + PANEL * r + LANES * half;
+                _mm512_storeu_ps(total, with_share(w->offsets != NULL, sum[0][r][half], &x, g * rows + r, scale[half],
+                                                   offset[half], _mm512_loadu_ps(total)));
             }
     }
 }
@@ -181,31 +157,40 @@ VECTORS void promptstitch_integers(int bits, int kept, int wide, const char *x, 
     if (m == 0) return; /* a step that only prefills looks at no row */
     const struct weights w = {codes, table, scales, offsets, k, group, group % 64 ? 32 : 64, bits, kept};
     const long size = wide ? 4 : 2, panels = (n + PANEL - 1) / PANEL;
-    long tiles = (m + TILE - 1) / TILE;
-    const int even = (int)((m + tiles - 1) / tiles); /* rows a tile: 11, 11 and 10 rather than 12, 12 and 8 */
+    const int matrix = m >= MATRIX_FROM && matrix_units(), most = matrix ? 16 : TILE;
+    long tiles = (m + most - 1) / most;
+    const int even = matrix ? 16 : (int)((m + tiles - 1) / tiles); /* rows a tile: 11, 11 and 10 rather than 12, 12 and 8 */
     tiles = (m + even - 1) / even;
     void *encoded = reserve(&shared, tile_bytes(&w, even) * tiles);
 #pragma omp parallel
     {
+        static __thread struct scratch own;
+        float few[TILE * PANEL], *sums = few;
+        if (matrix) {
+            sums = reserve(&own, sizeof(float) * PANEL * 16 * tiles + SHARES * 64 * PANEL);
+            set_up_tiles(16, (int)w.share / 4);
+        }
 #pragma omp for
         for (long r = 0; r < tiles * even; r++) /* what a tile lacks repeats the last row */
             (wide ? encode_wide : encode_narrow)(x + (r < m ? r : m - 1) * k * size, &w, (int)(r % even), even,
-                                                 tile_at(encoded, &w, even, r / even));
+                                                 matrix ? 1 : even, tile_at(encoded, &w, even, r / even));
 #pragma omp for schedule(static)
         for (long p = 0; p < panels; p++) {
             long left = n - p * PANEL;
             __mmask16 here = first(left), beyond = left > LANES ? first(left - LANES) : 0;
             __m512 b0 = bias ? load(bias, p * PANEL, here, wide) : _mm512_setzero_ps();
             __m512 b1 = bias ? load(bias, p * PANEL + LANES, beyond, wide) : _mm512_setzero_ps();
+            if (matrix) over_matrix(&w, p, encoded, tiles, (int8_t *)(sums + PANEL * 16 * tiles), sums);
             for (long t = 0; t < tiles; t++) {
-                float sums[TILE * PANEL];
-                (bits == 8 ? over8 : table ? over_table : over4)(even, &w, p, tile_at(encoded, &w, even, t), sums);
+                const float *from = matrix ? sums + t * 16 * PANEL : sums;
+                if (!matrix) (bits == 8 ? over8 : table ? over_table : over4)(even, &w, p, tile_at(encoded, &w, even, t), sums);
                 for (long r = 0, row = t * even; r < even && row < m; r++, row++) {
                     long at = row * n + p * PANEL;
-                    store(y, at, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r), b0), here, wide);
-                    store(y, at + LANES, _mm512_add_ps(_mm512_loadu_ps(sums + PANEL * r + LANES), b1), beyond, wide);
+                    store(y, at, _mm512_add_ps(_mm512_loadu_ps(from + PANEL * r), b0), here, wide);
+                    store(y, at + LANES, _mm512_add_ps(_mm512_loadu_ps(from + PANEL * r + LANES), b1), beyond, wide);
                 }
             }
         }
+        if (matrix) release_tiles();
     }
 }

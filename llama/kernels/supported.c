@@ -1,10 +1,12 @@
 /* What this CPU can do: whether it runs the kernels, and how fast its bf16 dot product is beside fp32's multiply-add. */
-#include "vectors.h"
+#include "matrix.h"
 
 #include <time.h>
 
 #define CHAINS 16
 #define TURNS 400
+
+int promptstitch_matrix_units(void) { return matrix_units(); }
 
 #ifdef AVX2
 int promptstitch_kernels_supported(void) {

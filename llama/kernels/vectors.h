@@ -61,16 +61,15 @@ INLINE void store(void *at, long index, __m512 x, __mmask16 mask, int wide) {
     else _mm256_mask_storeu_epi16((bf16 *)at + index, mask, narrow(x));
 }
 
-/* 32 scales or offsets from an index on, kept in bf16 (0), fp32 (1) or fp16 (2). */
+/* 16 scales or offsets from an index on, kept in bf16 (0), fp32 (1) or fp16 (2). */
+INLINE __m512 factor(const char *from, int kept, long at) {
+    return kept == 2 ? _mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)(from + 2 * at))) : load(from, at, 0xffff, kept);
+}
+
+/* 32 of them. */
 INLINE void factors(const char *from, int kept, long at, __m512 *left, __m512 *right) {
-    if (kept == 2) {
-        const __m256i *halves = (const __m256i *)(from + 2 * at);
-        *left = _mm512_cvtph_ps(_mm256_loadu_si256(halves));
-        *right = _mm512_cvtph_ps(_mm256_loadu_si256(halves + 1));
-        return;
-    }
-    *left = load(from, at, 0xffff, kept);
-    *right = load(from, at + LANES, 0xffff, kept);
+    *left = factor(from, kept, at);
+    *right = factor(from, kept, at + LANES);
 }
 
 #define LOG2E 1.44269504f

@@ -77,7 +77,6 @@ def make(checkpoint, monkeypatch, request):
         if by == "kernels":
             if native.kernels() is None:
                 pytest.skip("the kernels were not built, or this CPU does not run them")
-            monkeypatch.setattr(native, "product", native.kernels)  # of the head, too, on matrix units
             llama = load(folder, level="w4g64", dtype="bfloat16", device="cpu").model
         else:
             monkeypatch.setattr(attention, "kernels", lambda: None)
