@@ -24,6 +24,9 @@ MANIFEST := $(MODEL)/promptstitch.json
 STORE := store
 RUNS := docs/runs
 
+# Two files at a time, since most tests wait for something; threads that wait for each other leave the core to others.
+PYTEST := OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
+
 # Stamps: what stands in .venv already. A build of torch that was asked for by its index stays until another is.
 TORCH_STAMP := $(if $(TORCH_INDEX_URL),$(VENV)/.torch-$(notdir $(TORCH_INDEX_URL)),$(firstword \
 	$(wildcard $(VENV)/.torch*) $(VENV)/.torch))
@@ -37,10 +40,10 @@ serve: $(SERVING) $(MANIFEST)
 	$(BIN)/promptstitch serve $(MODEL) --level $(LEVEL) --store $(STORE) $(ARGS)
 
 test: lint $(MANIFEST)
-	$(BIN)/python -m pytest $(ARGS)
+	$(PYTEST) $(ARGS)
 
 test-all: lint $(MANIFEST)
-	PROMPTSTITCH_FULL=1 $(BIN)/python -m pytest $(ARGS)
+	PROMPTSTITCH_FULL=1 $(PYTEST) $(ARGS)
 
 lint: $(DEVELOPING)
 	PATH="$(CURDIR)/$(BIN):$$PATH" scripts/check

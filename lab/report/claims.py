@@ -92,9 +92,13 @@ class Claim:
 
     @property
     def group(self) -> str:
-        """Equal for claims that differ in the seed alone."""
+        """Equal for claims that differ in the seed alone, and perhaps in the machine that made the same level: the last
+        bits of what a solver makes are not the same on every processor."""
         how = dict(self.learned.config) if self.learned else {"digest": self.told.get("prompt_digest")}
-        where = [self.told.get("weights"), self.told.get("dtype"), *self.scored, self.told.get("window")]
+        made = [self.made.digest, self.made.seed] if self.made else self.told.get("weights")
+        if self.made and self.learned_level is None and "model" in how:
+            how["model"] = {**how["model"], "weights": made}
+        where = [made, self.told.get("dtype"), *self.scored, self.told.get("window")]
         return json.dumps([where, how], sort_keys=True)
 
     def measure(self, name: str) -> Estimate | None:

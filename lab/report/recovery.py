@@ -189,7 +189,9 @@ def _rows(group: Sequence[Claim], sources: Sources) -> list[list[str]]:
     if len(group) > 1:
         means = {"(c) KL closed": "kl_share", "(a) gap closed": "share", "(b) net of dense": "net_share"}
         mean = dict.fromkeys(COLUMNS, "") | dict(zip(COLUMNS[:6], rows[0], strict=False))
-        mean |= {"seed": f"mean of {len(group)}"} | {column: _spread(group, name) for column, name in means.items()}
+        solves = len({claim.told.get("weights") for claim in group})
+        of = f"mean of {len(group)}" + (f", the level solved on {solves} machines" if solves > 1 else "")
+        mean |= {"seed": of} | {column: _spread(group, name) for column, name in means.items()}
         rows.append([mean[column] for column in COLUMNS])
     return rows
 

@@ -70,7 +70,8 @@ class Runs:
             run.tell(**figures)
 
     def learned(self, seed: int, **changes: Any) -> None:
-        config = {"command": "learn", "recipe": {"positions": 32, "lr": 0.02}}
+        recipe = {"positions": 32, "lr": 0.02}
+        config = {"command": "learn", "recipe": recipe, "model": {"weights": changes.get("weights", W3)}}
         ends = {name: {"cross_entropy": 5.0, "divergence": 2.0} for name in ("first", "best")}
         figures = {"kind": "kv", "task": "general", "level": "w3g64", "weights": W3, "tokens": 300_000, **ends}
         self.add(f"learn-{seed}", config, {"digest": PROMPTS.get(seed), **figures, **changes}, seed)
