@@ -203,11 +203,11 @@ def test_a_task_that_dense_did_not_learn_either_shows_no_share(whole):
 
 
 def test_a_seed_may_be_of_the_level_as_another_machine_solved_it(whole):
-    """Two seeds through weights of the same command were two lone ones: a solver's last bits depend on the processor."""
+    """Two seeds through weights of the same command were lone ones: last bits depend on the processor."""
     there, made = digest("w3 elsewhere"), {"command": "compress", "source": DENSE}
     whole.learned(2, weights=there)
     whole.evaluated("report-2", **evaluation(PROMPTS[2], there, recovery=recovery(0.61, 0.61)))
-    assert "mean of 2" in column(table(page(whole), "What a prompt brings back"), "seed")  # nobody knows how it was made
+    assert "mean of 2" in column(table(page(whole), "What a prompt brings back"), "seed")  # how is not known
     whole.add("w3 elsewhere", made, {"name": "tiny", "level": "w3g64", "weights": there, "method": "rtn"})
     seeds = column(table(page(whole), "What a prompt brings back"), "seed")
     assert "mean of 3, the level solved on 2 machines" in seeds
