@@ -94,7 +94,7 @@ class Claim:
     def group(self) -> str:
         """Equal for claims that differ in the seed alone, and perhaps in the machine that made the same level: the last
         bits of what a solver makes are not the same on every processor."""
-        how = dict(self.learned.config) if self.learned else {"digest": self.told.get("prompt_digest")}
+        how: dict[str, Any] = dict(self.learned.config if self.learned else {"digest": self.told.get("prompt_digest")})
         made = [self.made.digest, self.made.seed] if self.made else self.told.get("weights")
         if self.made and self.learned_level is None and "model" in how:
             how["model"] = {**how["model"], "weights": made}
