@@ -23,7 +23,8 @@ HEAD = """# Performance
 Made by `python -m bench.page` from what `make race`, `bench.growth` and `bench.parts` measured; no figure was typed
 in. What is even between the contestants and what is not is in [bench/README.md](../bench/README.md). A ratio is taken
 within a round, in which all servers were up and took turns; the median, the lowest and the highest of the rounds are
-shown. Each section is a run of its own, the latest first: what it measured anew counts instead of what stands below.
+shown. Each section is a run of its own, machine by machine, the latest of each first: what it measured anew counts
+instead of what stands below for the same machine.
 Where weights are not of one kind, *as dense* says what they cost: how often the next token is the dense model's,
 behind cuts of texts that it wrote itself. Two servers of the same weights differ there at near ties alone.
 """
