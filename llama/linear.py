@@ -78,8 +78,8 @@ class _Opaque(torch.autograd.Function):
 class DenseLinear(OpaqueLinear):
     """Weights in the compute dtype.
 
-    `prepare` rearranges bf16 weights on the CPU for our own product, or without it for oneDNN's, in place of the plain
-    ones. In fp32 nothing is gained, so that stays as it is.
+    `prepare` rearranges bf16 weights on the CPU for our own product, or for oneDNN's where that is the faster one, in
+    place of the plain ones. In fp32 nothing is gained, so that stays as it is.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None) -> None:
@@ -119,7 +119,7 @@ class DenseLinear(OpaqueLinear):
         weight = self.weight
         if weight is None or weight.device.type != "cpu" or weight.dtype != torch.bfloat16:
             return
-        if ours := native.kernels():
+        if ours := native.product():
             in_pairs = native.in_pairs(weight.shape[1])
             self.panels, self.weight = (ours.pairs if in_pairs else ours.panels)(weight.detach()), None
         elif torch._C._has_mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported():

@@ -142,7 +142,7 @@ def expected_bytes(
 
 def rearranges(dtype: torch.dtype, device: torch.device) -> bool:
     """Whether `DenseLinear.prepare` does anything to such weights."""
-    ours_or_onednn = native.kernels() is not None or (
+    ours_or_onednn = native.product() is not None or (
         torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     )
     return (dtype, device.type) == (torch.bfloat16, "cpu") and ours_or_onednn

@@ -283,6 +283,12 @@ def _wide(x: Tensor) -> bool:
     return x.dtype == torch.float32
 
 
+def product() -> Kernels | None:
+    """The kernels where bf16 is theirs: everywhere but on matrix units that oneDNN takes and they were built without."""
+    ours = kernels()
+    return ours if ours and (ours.matrix_units or not torch.cpu._is_amx_tile_supported()) else None
+
+
 @cache
 def dot_is_faster() -> bool:
     """Whether this CPU's bf16 dot product beats its fp32 multiply-add."""

@@ -1,4 +1,5 @@
-/* y = x Wᵀ + b in bf16 by the dot product of AVX512-BF16, where that is faster than fp32's multiply-add (`gemm.c`).
+/* y = x Wᵀ + b in bf16 by matrix units, or by the dot product of AVX512-BF16 where that is faster than fp32's multiply-add
+ * (`gemm.c`).
  *
  * Weights lie in panels of 32 outputs, two inputs of each output side by side, which is how matrix units want them, too.
  * Every output is one chain of sums over all its inputs, whatever rows are beside it, so a row is the same to the last bit

@@ -46,6 +46,7 @@ FLOATS3(fnmadd_ps)
 FLOATS3(blendv_ps)
 WORDS2(add_epi16)
 WORDS2(add_epi32)
+WORDS2(max_epi32)
 WORDS2(sign_epi8)
 WORDS2(and_si256)
 WORDS2(shuffle_epi8)
@@ -258,6 +259,7 @@ INLINE struct words sum_of_shorts(struct words sum, struct words shorts) {
     ((uint16_t)(_mm256_movemask_ps(_mm256_cmp_ps((a).lo, (b).lo, how)) | \
                 _mm256_movemask_ps(_mm256_cmp_ps((a).hi, (b).hi, how)) << 8))
 #define _mm512_add_epi32 both_add_epi32
+#define _mm512_max_epi32 both_max_epi32
 #define _mm512_and_si512 both_and_si256
 #define _mm512_srli_epi16 both_srli_epi16
 #define _mm512_srli_epi32 both_srli_epi32

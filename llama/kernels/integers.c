@@ -36,7 +36,8 @@ INLINE void encode(const int wide, const char *x, const struct weights *w, int r
         __m512 steps = _mm512_set1_ps(most > 0 ? 127.0f / most : 0.0f);
         __m512i sum = _mm512_setzero_si512();
         for (int i = 0; i < vectors; i++) {
-            __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(value[i], steps));
+            __m512i codes = _mm512_cvtps_epi32(_mm512_mul_ps(value[i], steps)); /* what has none is far below */
+            codes = _mm512_max_epi32(codes, _mm512_set1_epi32(-127));
             sum = _mm512_add_epi32(sum, codes);
             int32_t fours[4];
             _mm_storeu_si128((__m128i *)fours, _mm512_cvtsepi32_epi8(codes));

@@ -9,7 +9,7 @@
 
 #define MATRIX_ROWS 32 /* of x at once: two tiles */
 
-#if !defined(AVX2) && __GNUC__ >= 11
+#if !defined(AVX2) && __GNUC__ >= 12 && defined(__linux__) /* gcc 11 gets addresses of tiles wrong */
 #include <sys/syscall.h>
 #include <unistd.h>
 

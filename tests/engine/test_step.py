@@ -56,6 +56,7 @@ def test_dense_weights(tmp_path, monkeypatch, biased, dots):
     if dots and not ours.dots:
         pytest.skip("this CPU has no bf16 dot product (AVX512-BF16)")
     monkeypatch.setattr(native, "dot_is_faster", lambda: dots)
+    monkeypatch.setattr(native, "product", lambda: ours)
     monkeypatch.setattr(native, "in_pairs", lambda inputs: dots)
     check(loaded(save(tmp_path, model(**HEADS, attention_bias=biased, mlp_bias=biased))))
 

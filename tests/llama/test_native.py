@@ -107,6 +107,20 @@ def test_products_of_integers_are_summed_exactly(tokens, n, k):
 
 
 @needs_integers
+@pytest.mark.parametrize("odd", [float("inf"), 1e-37, 1e-40])
+def test_what_is_too_large_or_too_small_for_a_grid_is_the_same_in_any_batch(odd):
+    """Matrix units take many rows; sums of codes that had been cut to 8 bits only later were wrong beside them."""
+    x, weight = random(20, 128).float(), random(64, 128).float()
+    x[1, 64:] = odd
+    held = rounded(weight)
+    whole = kernels.integers(x, held, None, 64)
+    for rows in (2, 6, 7, 19):
+        torch.testing.assert_close(
+            kernels.integers(x[:rows], held, None, 64), whole[:rows], rtol=0, atol=0, equal_nan=True
+        )
+
+
+@needs_integers
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
 def test_what_is_not_finite_becomes_no_integer(bad):
     x, weight = random(3, 128).float(), random(64, 128).float()
@@ -240,6 +254,7 @@ def test_swiglu_from_one_end_of_bf16_to_the_other():
 @pytest.mark.parametrize("dots", [False, pytest.param(True, marks=needs_dots)])
 def test_prepared_layers_multiply_and_differentiate_as_before(monkeypatch, dots):
     """`prepare` chooses by speed; here it is told what to take."""
+    monkeypatch.setattr(native, "product", lambda: kernels)
     monkeypatch.setattr(native, "in_pairs", lambda inputs: dots)
     weight, x, dy = random(80, 64), random(9, 64), random(9, 80)
     layer = DenseLinear(weight.clone())
