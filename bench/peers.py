@@ -73,7 +73,7 @@ def set_up_llama_cpp(folder: Path) -> None:
             "-B",
             str(folder / "build"),
             *BUILD_FLAGS.split(),
-            f"-DCMAKE_CXX_FLAGS=-include {TILES}",
+            f'-DCMAKE_CXX_FLAGS=-include "{TILES}"',
         ],
         environment,
     )

@@ -284,7 +284,7 @@ def _wide(x: Tensor) -> bool:
 
 
 def product() -> Kernels | None:
-    """The kernels where bf16 is theirs: not on matrix units that they were built without, and oneDNN was not."""
+    """The kernels, or None where oneDNN has matrix units for bf16 and they were built without."""
     ours = kernels()
     return ours if ours and (ours.matrix_units or not torch.cpu._is_amx_tile_supported()) else None
 

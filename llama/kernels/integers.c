@@ -64,7 +64,6 @@ static inline __attribute__((always_inline)) BYTES void over(const int rows, con
     const int ways = rows == 1 ? (TILE > 4 ? 4 : 2) : 4 * rows <= TILE ? 2 : 1, above = bits == 8 || looked_up ? BYTES_ABOVE : 8;
     const int halves = bits == 4 && !looked_up, shorts = halves ? SHORTS : 0;
     const __m512i table = looked_up ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)w->table)) : _mm512_setzero_si512();
-    const __m512i low = _mm512_set1_epi8(15);
     const uint8_t *at = w->codes + panel * w->k * (PANEL / 8 * bits);
     for (int i = 0; i < 2 * rows; i++) _mm512_storeu_ps(sums + LANES * i, _mm512_setzero_ps());
     for (long g = 0; g < w->k / w->share; g++) {
@@ -88,16 +87,8 @@ static inline __attribute__((always_inline)) BYTES void over(const int rows, con
             for (long i = from; i < to; i += ways)
 #pragma GCC unroll 4
                 for (int v = 0; v < ways; v++, at += 16 * bits) {
-                    __m512i left = _mm512_loadu_si512(at), right;
-                    _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-                    if (bits == 8) {
-                        right = _mm512_loadu_si512(at + 64);
-                        _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
-                    } else {
-                        right = _mm512_and_si512(_mm512_srli_epi16(left, 4), low);
-                        left = _mm512_and_si512(left, low);
-                        if (looked_up) left = _mm512_shuffle_epi8(table, left), right = _mm512_shuffle_epi8(table, right);
-                    }
+                    __m512i left, right;
+                    codes_at(bits, looked_up, at, table, &left, &right);
 #pragma GCC unroll 12
                     for (int r = 0; r < rows; r++) {
                         __m512i input = _mm512_set1_epi32(fours[(i + v) * rows + r]), *into = shorts ? part[v][r] : sum[v][r];

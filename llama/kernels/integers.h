@@ -28,6 +28,21 @@ static inline struct tile tile_at(void *tiles, const struct weights *w, long row
     return (struct tile){(int8_t *)at, (float *)(at + rows * w->k), (int32_t *)(at + rows * (w->k + 4 * (w->k / w->share)))};
 }
 
+/* The codes of four inputs, outputs 0..15 and 16..31, as they are kept or as the table has them. */
+INLINE void codes_at(const int bits, const int looked_up, const uint8_t *at, __m512i table, __m512i *left, __m512i *right) {
+    const __m512i low = _mm512_set1_epi8(15);
+    *left = _mm512_loadu_si512(at);
+    _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
+    if (bits == 8) {
+        *right = _mm512_loadu_si512(at + 64);
+        _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
+    } else {
+        *right = _mm512_and_si512(_mm512_srli_epi16(*left, 4), low);
+        *left = _mm512_and_si512(*left, low);
+        if (looked_up) *left = _mm512_shuffle_epi8(table, *left), *right = _mm512_shuffle_epi8(table, *right);
+    }
+}
+
 /* 16 fp32 totals with what a share's exact sum brings. */
 INLINE __m512 with_share(const int with_offsets, __m512i sum, const struct tile *x, long at, __m512 scale, __m512 offset,
                          __m512 total) {

@@ -9,19 +9,11 @@
 
 /* A panel's codes -> (K / 4, 32, 4) int8, at their value. */
 INLINE void unpack(const int bits, const int looked_up, const uint8_t *at, const uint8_t *values, long fours, int8_t *out) {
-    const __m512i low = _mm512_set1_epi8(15), above = _mm512_set1_epi8(bits == 8 || looked_up ? (char)128 : 8);
-    const __m512i table = looked_up ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values)) : low;
+    const __m512i above = _mm512_set1_epi8(bits == 8 || looked_up ? (char)128 : 8);
+    const __m512i table = looked_up ? _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i *)values)) : _mm512_setzero_si512();
     for (long i = 0; i < fours; i++, at += 16 * bits, out += 4 * PANEL) {
-        __m512i left = _mm512_loadu_si512(at), right;
-        _mm_prefetch((const char *)at + AHEAD, _MM_HINT_T0);
-        if (bits == 8) {
-            right = _mm512_loadu_si512(at + 64);
-            _mm_prefetch((const char *)at + AHEAD + 64, _MM_HINT_T0);
-        } else {
-            right = _mm512_and_si512(_mm512_srli_epi16(left, 4), low);
-            left = _mm512_and_si512(left, low);
-            if (looked_up) left = _mm512_shuffle_epi8(table, left), right = _mm512_shuffle_epi8(table, right);
-        }
+        __m512i left, right;
+        codes_at(bits, looked_up, at, table, &left, &right);
         _mm512_store_si512(out, _mm512_sub_epi8(left, above));
         _mm512_store_si512(out + 64, _mm512_sub_epi8(right, above));
     }
