@@ -257,7 +257,9 @@ class PromptStore:
 def _agreed_level(file: PromptFile, asked: str | None) -> str:
     written = file.provenance.level
     if written is None and asked is None:
-        raise InvalidArtifact("level_unknown", "the file names no level; say `level` (--level), the one that it was learned at", "level")
+        raise InvalidArtifact(
+            "level_unknown", "the file names no level; say `level` (--level), the one that it was learned at", "level"
+        )
     if written is not None and asked not in (None, written):
         message = f"the file was learned at level {written}, but {asked} was asked for; leave that out"
         raise InvalidArtifact("level_mismatch", message, "level")
