@@ -233,11 +233,17 @@ class Kernels:
         out = q.new_empty(tokens, heads * dim)
         where = (keys.data_ptr(), values.data_ptr(), tables.data_ptr(), tables.shape[1], rows.data_ptr())
         shape = (tokens, kv_heads, heads // kv_heads, dim, page)
-        kind = 1 if _wide(q) else 2 * dot_is_faster()  # as `attention.c` numbers them
+        kind = 1 if _wide(q) else self.attention_kind(dim)
         self._call["attention"](
             kind, q.data_ptr(), q.stride(0), *where, lengths.data_ptr(), *shape, dim**-0.5, out.data_ptr()
         )
         return out
+
+    def attention_kind(self, dim: int) -> int:
+        """How attention of heads of D multiplies bf16, as `attention.c` numbers it."""
+        if self.matrix_units and dim % MATRIX_INPUTS == 0:
+            return 3
+        return 2 * dot_is_faster()
 
 
 def unpanelled(panels: Tensor, out_features: int) -> Tensor:

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from llama import native
 from llama.model import Block, Llama
 from llama.native import FLOAT, LANES, LONG, POINTER, Kernels, Product, kernels
 from llama.rope import Rotation
@@ -48,7 +47,7 @@ class _Pages(ctypes.Structure):
 
 class _Shape(ctypes.Structure):
     _fields_ = [
-        *((name, LONG) for name in ("layers", "tokens", "hidden", "kv_heads", "shared", "dim", "inner", "dots")),
+        *((name, LONG) for name in ("layers", "tokens", "hidden", "kv_heads", "shared", "dim", "inner", "attention")),
         ("eps", FLOAT),
         ("scale", FLOAT),
     ]
@@ -85,7 +84,7 @@ class Step:
             config.num_heads // config.num_kv_heads,
             config.head_dim,
             config.intermediate_size,
-            native.dot_is_faster(),
+            self._kernels.attention_kind(config.head_dim),
             config.rms_norm_eps,
             config.head_dim**-0.5,
         )

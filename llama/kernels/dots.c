@@ -89,7 +89,7 @@ VECTORS void promptstitch_dots(const uint32_t *x, const uint32_t *panels, const 
                 float sums[MATRIX_ROWS * PANEL];
                 long row = t * even;
                 if (matrix && row + even > m) row = m - even; /* the last tile begins earlier instead */
-                if (matrix) matrix_of_pairs(even, (const bf16 *)x + row * k, k, panel, t ? 0 : AHEAD, sums);
+                if (matrix) matrix_of_pairs(even, x + row * pairs, 2 * k, k, panel, t ? 0 : AHEAD, 0, sums, 4 * PANEL);
                 else over_panel(even, turned + t * even * pairs, panel, pairs, sums);
                 for (long r = 0; r < even && row < m; r++, row++) {
                     long at = row * n + p * PANEL;

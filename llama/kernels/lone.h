@@ -6,7 +6,7 @@
 
 #include "paged.h"
 
-/* Scores of 16 keys where they lie, for rows of q (rows, `width`), zeros behind D -> (rows, KEYS). Pages lie anywhere, which
+/* Scores of 16 keys where they lie, for rows of q (rows, `width`), zeros behind D -> (rows, K). Pages lie anywhere, which
  * no prefetcher guesses, so those that are `ahead` are asked for meanwhile. */
 INLINE void score(const int rows, const enum kind kind, const struct paged *kv, const char *at, long ahead, const uint32_t *q,
                   long width, float *scores) {
@@ -50,11 +50,11 @@ INLINE void score(const int rows, const enum kind kind, const struct paged *kv, 
         __m512 total = _mm512_castsi512_ps(chains[r][0]);
 #pragma GCC unroll 3
         for (int j = 1; j < CHAINS; j++) total = _mm512_add_ps(total, _mm512_castsi512_ps(chains[r][j]));
-        _mm512_storeu_ps(scores + r * KEYS, total);
+        _mm512_storeu_ps(scores + r * keys_of(kind), total);
     }
 }
 
-/* The first `count` of 16 values where they lie, times weights (rows, KEYS), added to what factors (rows,) leave of sums
+/* The first `count` of 16 values where they lie, times weights (rows, K), added to what factors (rows,) leave of sums
  * (rows, columns). */
 INLINE void gather(const int rows, const enum kind kind, const struct paged *kv, const char *at, long ahead, long count,
                    const uint32_t *weights, const float *factors, float *sums, long columns) {
@@ -77,7 +77,7 @@ INLINE void gather(const int rows, const enum kind kind, const struct paged *kv,
             take(kind, value, next, left, right, i + 1 < count, pair);
 #pragma GCC unroll 4
             for (int r = 0; r < rows; r++) {
-                __m512i weight = _mm512_set1_epi32((int)weights[(r * KEYS + i) / each]);
+                __m512i weight = _mm512_set1_epi32((int)weights[(r * keys_of(kind) + i) / each]);
                 sum[r][0] = multiply_add(kind, sum[r][0], pair[0], weight);
                 sum[r][1] = multiply_add(kind, sum[r][1], pair[1], weight);
             }

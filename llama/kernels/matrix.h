@@ -53,38 +53,86 @@ static inline __attribute__((always_inline)) MATRIX void matrix_of_bytes(const i
     _tile_stored(0, sums, 64);
 }
 
-/* bf16 x (rows, K), K a multiple of 32, times a panel (K / 2, 32) of pairs -> sums (rows, 32). Asks for the panel early if
- * nobody has read it yet: `ahead` bytes. */
-static inline MATRIX void matrix_of_pairs(int rows, const bf16 *x, long k, const uint32_t *panel, long ahead, float *sums) {
+/* bf16 x (rows, K), K a multiple of 32, rows `stride` bytes apart, times a panel (K / 2, 32) of pairs -> sums (rows, 32),
+ * `apart` bytes, added to what is there if `more`. Asks for the panel early if nobody has read it yet: `ahead` bytes. */
+static inline MATRIX void matrix_of_pairs(int rows, const void *x, long stride, long k, const uint32_t *panel, long ahead,
+                                          int more, float *sums, long apart) {
     const int two = rows > 16;
+    const char *above = x, *below = above + 16 * stride;
+    float *under = sums + 4 * apart;
     __asm__ volatile("" : : : "memory");
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    for (long i = 0; i < k; i += 32, panel += 512) {
+    if (more) {
+        _tile_loadd(0, sums, apart);
+        _tile_loadd(1, sums + 16, apart);
+        if (two) _tile_loadd(2, under, apart);
+        if (two) _tile_loadd(3, under + 16, apart);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (long i = 0; i < 2 * k; i += 64, panel += 512) {
         for (int line = 0; line < 2048 && ahead; line += 64) _mm_prefetch((const char *)panel + ahead + line, _MM_HINT_T0);
-        _tile_loadd(4, x + i, 2 * k);
+        _tile_loadd(4, above + i, stride);
         _tile_loadd(6, panel, 128);
         _tile_dpbf16ps(0, 4, 6);
         _tile_loadd(7, panel + 16, 128);
         _tile_dpbf16ps(1, 4, 7);
         if (two) {
-            _tile_loadd(5, x + 16 * k + i, 2 * k);
+            _tile_loadd(5, below + i, stride);
             _tile_dpbf16ps(2, 5, 6);
             _tile_dpbf16ps(3, 5, 7);
         }
     }
-    _tile_stored(0, sums, 128);
-    _tile_stored(1, sums + 16, 128);
-    if (two) {
-        _tile_stored(2, sums + 512, 128);
-        _tile_stored(3, sums + 528, 128);
+    _tile_stored(0, sums, apart);
+    _tile_stored(1, sums + 16, apart);
+    if (two) _tile_stored(2, under, apart);
+    if (two) _tile_stored(3, under + 16, apart);
+}
+
+#define BY_KEYS(sums, tile, s)                                                                           \
+    if (sixteens > s) {                                                                                  \
+        const char *here = keys + places[s] + i;                                                         \
+        _tile_loadd(tile, here, stride);                                                                 \
+        _tile_dpbf16ps(sums, tile, 6);                                                                   \
+        for (int r = 0; r < 16; r++) _mm_prefetch(here + ahead[s] + r * stride, _MM_HINT_T1);            \
     }
+
+/* Up to four times 16 keys (16, D) at places, in bytes, `stride` bytes apart, D a multiple of 32, times 16 queries turned
+ * (D / 2, 16), pairs, to the same bits as queries times keys -> scores (rows, 64) of the first `rows` queries, `apart`.
+ * What lies `ahead` of each sixteen is asked for. */
+static inline MATRIX void matrix_of_keys(int rows, const char *keys, long stride, const long *places, long sixteens,
+                                         const long *ahead, const uint32_t *queries, long dim, float *scores, long apart) {
+    float sums[4][16 * 16] __attribute__((aligned(64)));
+    const __m512i down = _mm512_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112, 128, 144, 160, 176, 192, 208, 224, 240);
+    __asm__ volatile("" : : : "memory");
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (long i = 0; i < 2 * dim; i += 64, queries += 256) {
+        _tile_loadd(6, queries, 64);
+        BY_KEYS(0, 4, 0)
+        BY_KEYS(1, 5, 1)
+        BY_KEYS(2, 4, 2)
+        BY_KEYS(3, 5, 3)
+    }
+    _tile_stored(0, sums[0], 64);
+    _tile_stored(1, sums[1], 64);
+    _tile_stored(2, sums[2], 64);
+    _tile_stored(3, sums[3], 64);
+    __asm__ volatile("" : : : "memory");
+    for (long s = 0; s < sixteens; s++)
+        for (int r = 0; r < rows; r++)
+            _mm512_storeu_ps(scores + r * apart + 16 * s, _mm512_i32gather_ps(down, sums[s] + r, 4));
 }
 #else
 static inline int matrix_units(void) { return 0; }
 static inline void set_up_tiles(int rows, int depth) {}
 static inline void release_tiles(void) {}
-static inline void matrix_of_pairs(int rows, const bf16 *x, long k, const uint32_t *panel, long ahead, float *sums) {}
+static inline void matrix_of_pairs(int rows, const void *x, long stride, long k, const uint32_t *panel, long ahead, int more,
+                                   float *sums, long apart) {}
+static inline void matrix_of_keys(int rows, const char *keys, long stride, const long *places, long sixteens,
+                                  const long *ahead, const uint32_t *queries, long dim, float *scores, long apart) {}
 #endif

@@ -25,7 +25,7 @@ struct pages {
 };
 
 struct shape {
-    long layers, tokens, hidden, kv_heads, shared, dim, inner, dots; /* dots: attention multiplies by the dot product */
+    long layers, tokens, hidden, kv_heads, shared, dim, inner, attention; /* attention: its kind */
     float eps, scale;
 };
 
@@ -76,7 +76,7 @@ void promptstitch_step(const struct layer *layers, const struct shape *s, const 
         promptstitch_rotate(0, (char *)one, row, cos, sin, t, heads, s->dim, (char *)other);
         promptstitch_write(0, (char *)(other + queries), queries + keys, (char *)(one + queries + keys), row, pages->slots, t, keys,
                            k, v);
-        promptstitch_attention(s->dots ? 2 : 0, (char *)other, queries + keys, k, v, pages->tables, pages->columns, pages->rows,
+        promptstitch_attention((int)s->attention, (char *)other, queries + keys, k, v, pages->tables, pages->columns, pages->rows,
                                pages->lengths, t, s->kv_heads, s->shared, s->dim, pages->page, s->scale, (char *)one);
         multiply(&layer->o, one, t, normed);
         add(x, normed, t * s->hidden);
