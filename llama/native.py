@@ -241,7 +241,7 @@ class Kernels:
 
     def attention_kind(self, dim: int) -> int:
         """How attention of heads of D multiplies bf16, as `attention.c` numbers it."""
-        if self.matrix_units and dim % MATRIX_INPUTS == 0:
+        if self.matrix_units and self.dots and dim % MATRIX_INPUTS == 0:
             return 3
         return 2 * dot_is_faster()
 

@@ -9,7 +9,8 @@
  *
  * A row is the same to the last bit whichever rows share its task, and if it stands alone: blocks begin at fixed
  * positions, a score is the sum of CHAINS chains, each over every CHAINS-th word of a key, all other sums are one chain in
- * the order of positions (those of matrix units, two in each 32), and what a row may not see adds zero, or multiplies by one.
+ * the order of positions (those of matrix units, two in each 32), and what a row may not see, where it is
+ * finite, adds zero, or multiplies by one.
  */
 #include "lone.h"
 #include "tiled.h"
