@@ -29,7 +29,8 @@ from bench.machine import describe
 from bench.plan import Plan, matches
 from bench.race import Measured, Race, told
 from bench.server import Contestant
-from bench.verdict import Verdict, judge, medians
+from bench.verdict import Verdict, beside, judge, medians
+from bench.w8a8 import write_w8a8
 from bench.workload import load_tokenizer
 
 COLUMNS = {  # figure -> heading
@@ -91,7 +92,7 @@ def verdict_table(verdicts: Sequence[Verdict]) -> Table:
         figures = ("-" if value is None else f"{value:.3g}" for value in (v.aim, v.median, v.low, v.high))
         shares = ("" if value is None else f"{value:.1%}" for value in (v.share, v.peer_share))
         end = {None: "not measured", True: "ok", False: "MISSED"}[v.ok]
-        table.add_row(v.line, v.what, v.ours, v.peer, v.bound, *figures, end, *shares)
+        table.add_row(v.line, v.what, v.ours, beside(v.peer, v.absent), v.bound, *figures, end, *shares)
     return table
 
 
@@ -131,6 +132,10 @@ def main(
     if missing := peers.missing(root, [c.name for c in taking]):
         console.print(f"not set up: {', '.join(missing)}. Run: python -m bench.peers --root {root}")
         raise typer.Exit(2)
+    if any(c.name.startswith("vllm") for c in taking) and lineup.allocator() is None:
+        console.print("vLLM goes without tcmalloc, which it asks for: install libtcmalloc-minimal4")
+    if any(c.name == "vllm-w8a8" for c in taking):
+        write_w8a8(checkpoint, root / "w8a8")
     upload = (root / f"few/{names[0]}.safetensors").read_bytes()
     race = Race(plan, load_tokenizer(checkpoint), names, upload, corpus, patience, root / "logs")
     measured: list[Measured] = []
@@ -147,7 +152,7 @@ def main(
     if json_:
         print(json.dumps([asdict(v) for v in verdicts], indent=2))
     failed = any(m.figures.errors for m in measured)
-    raise typer.Exit(failed or not all(v.ok for v in verdicts))
+    raise typer.Exit(failed or not all(v.ok and not v.absent for v in verdicts))
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ def everybody(
         mine(root / "prompts", names, PACKED, name=f"tight-{PACKED}", flags=tight),
         *(mine(few, names[:FEW], level) for level in levels),
         vllm(checkpoint, root, few, CONCURRENCY),
+        vllm(checkpoint, root, few, CONCURRENCY, weights="w8a8"),
         *(llama_cpp(checkpoint, root, kind, CONCURRENCY, ROWS) for kind in llama),
         *(hugging_face(checkpoint, few, CONCURRENCY, mode) for mode in ("generate", "continuous", "peft")),
     ]
@@ -69,6 +70,8 @@ def ours(
     command += [
         "--dtype",
         "bfloat16",
+        "--device",
+        "cpu",
         "--port",
         "{port}",
         "--store",
@@ -91,10 +94,20 @@ def model_bytes(url: str) -> float:
     return float(values["weight_bytes"]) + used * float(values["kv_cache_bytes"])
 
 
-def vllm(checkpoint: Path, root: Path, prompts: Path, concurrency: int, context: int = CONTEXT) -> Contestant:
-    """vLLM's CPU build in bf16, compiled, bound to every core; prompts travel as vectors in each request."""
+def allocator() -> str | None:
+    """The library that vLLM asks to be preloaded, if this machine has it."""
+    return ctypes.util.find_library("tcmalloc_minimal")
+
+
+def vllm(
+    checkpoint: Path, root: Path, prompts: Path, concurrency: int, context: int = CONTEXT, weights: str = "bf16"
+) -> Contestant:
+    """vLLM's CPU build, compiled, bound to every core; prompts travel as vectors in each request.
+
+    `weights`: bf16, or w8a8, which it multiplies as integers, from the checkpoint that `write_w8a8` made in `root`.
+    """
     venv = (root / "vllm").absolute()
-    preload = [f for f in (ctypes.util.find_library("tcmalloc_minimal"), str(venv / "lib/libiomp5.so")) if f]
+    preload = [found for found in (allocator(), str(venv / "lib/libiomp5.so")) if found]
     cores = os.cpu_count() or 1
     env = {
         "LD_PRELOAD": ":".join(preload),
@@ -104,12 +117,13 @@ def vllm(checkpoint: Path, root: Path, prompts: Path, concurrency: int, context:
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
-    command = [str(venv / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(checkpoint)]
+    served = checkpoint if weights == "bf16" else root / weights
+    command = [str(venv / "bin/python"), "-m", "vllm.entrypoints.openai.api_server", "--model", str(served.absolute())]
     command += ["--served-model-name", BASE, "--dtype", "bfloat16", "--port", "{port}", "--enable-prompt-embeds"]
     command += ["--max-model-len", str(context), "--max-num-seqs", str(concurrency), "--block-size", "64"]
     command += ["--disable-uvicorn-access-log", "--no-enable-log-requests"]
     form = forms.prompt_embeds(BASE, load_tokenizer(checkpoint), checkpoint, prompts)
-    return Contestant("vllm", "bf16", command, form, env)
+    return Contestant("vllm" if weights == "bf16" else f"vllm-{weights}", weights, command, form, env)
 
 
 def llama_cpp(checkpoint: Path, root: Path, quantisation: str, concurrency: int, rows: int) -> Contestant:

@@ -17,6 +17,7 @@ import typer
 
 from bench.growth import AXES
 from bench.plots import Panel, draw
+from bench.verdict import beside
 
 HEAD = """# Performance
 
@@ -60,7 +61,7 @@ def race(told: Report) -> Iterator[str]:
                 v["line"],
                 v["what"],
                 v["ours"],
-                v["peer"],
+                beside(v["peer"], v["absent"]),
                 v["bound"],
                 *map(short, _spread(v)),
                 ends[v["ok"]],

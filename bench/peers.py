@@ -103,7 +103,7 @@ def missing(root: Path, contestants: Sequence[str]) -> list[str]:
     return [
         name
         for name in contestants
-        if (name == "vllm" and not vllm)
+        if (name.startswith("vllm") and not vllm)
         or (name.startswith("llama.cpp-") and not (llama_cpp and _gguf(root, name).exists()))
     ]
 

@@ -99,7 +99,7 @@ class Race:
                 if load.kind == "closed":
                     each = max(load.workload.concurrency, load.prompts)  # every prompt has been asked for once
                     shape = replace(load.workload, requests=each, zipf=0.0)
-                    jobs = self._jobs(load, shape, seed=SEEDS_A_ROUND // 2 + i)
+                    jobs = self._jobs(load, shape, SEEDS_A_ROUND // 2 + i)
                     run(server.url, jobs, contestant.form, Pace(shape.concurrency))
             yield server
 
@@ -154,8 +154,9 @@ class Race:
         return Measured(number, contestant.name, "start", figures, None, busy, others, quiet, None)
 
     def _jobs(self, load: Load, shape: Workload, seed: int) -> list[Job]:
+        """Of the same lengths in all loads of a round: a ratio of two of them is of as much text."""
         names = self.prompts[: load.prompts] or (None,)
-        return replace(shape, prompts=names, seed=seed).jobs(self.tokenizer, self.corpus)
+        return replace(shape, prompts=names, seed=seed, sizes=seed // SEEDS_A_ROUND).jobs(self.tokenizer, self.corpus)
 
 
 def told(measured: Measured) -> dict[str, Any]:

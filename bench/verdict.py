@@ -6,8 +6,8 @@ Pure arithmetic over measurements; runs nothing.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 
 from bench.fidelity import Fidelity
 from bench.plan import Claim, matches
@@ -32,6 +32,7 @@ class Verdict:
     ok: bool | None
     share: float | None = None
     peer_share: float | None = None
+    absent: tuple[str, ...] = ()  # peers that the claim names and that took no part: it holds against the others alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +48,15 @@ def judge(measured: Sequence[Measured], claims: Sequence[Claim]) -> list[Verdict
     for claim in claims:
         taking = dict.fromkeys(m.contestant for m in measured if matches(m.contestant, claim.ours))
         sides: list[Sequence[str]] = [(name,) for name in taking] if claim.each else [claim.ours]
-        verdicts += [_verdict(measured, claim, ours) for ours in sides]
+        there = [m.contestant for m in measured if m.load == claim.against]
+        lacking = tuple(peer for peer in claim.peers if not any(matches(name, (peer,)) for name in there))
+        verdicts += [replace(_verdict(measured, claim, ours), absent=lacking) for ours in sides]
     return verdicts
+
+
+def beside(peer: str, lacking: Collection[str]) -> str:
+    """The peer, and who was not there to be it."""
+    return ", ".join([peer] * bool(peer) + [f"without {name}" for name in lacking])
 
 
 def _verdict(measured: Sequence[Measured], claim: Claim, ours: Sequence[str]) -> Verdict:

@@ -36,7 +36,8 @@ class Workload:
 
     Texts have `shortest` to `longest` tokens, uniformly. Job i takes prompt i modulo their number or, with `zipf` s,
     the prompt of rank r with probability in proportion to 1 / r^s. Another `seed` gives other texts of other lengths,
-    so that a second run finds none of its texts in a server's cache.
+    so that a second run finds none of its texts in a server's cache; with `sizes`, of the same lengths for the same
+    `sizes`.
     """
 
     requests: int = 96
@@ -48,6 +49,7 @@ class Workload:
     prompts: tuple[str | None, ...] = (None,)
     zipf: float = 0.0
     seed: int = 0
+    sizes: int | None = None
 
     def jobs(self, tokenizer: Tokenizer, corpus: Path | None = None) -> list[Job]:
         """The jobs, cut one behind the other from the text file `corpus` or, without one, from random words.
@@ -60,7 +62,7 @@ class Workload:
         if len(offsets) <= needed:
             raise ValueError(f"{corpus} has {len(offsets)} tokens, the workload takes up to {needed}: give more text")
         at = self.seed * needed % (len(offsets) - needed)
-        draw = random.Random(self.seed)
+        draw = random.Random(self.seed if self.sizes is None else self.sizes)
         fewest = self.max_tokens if self.least_tokens is None else self.least_tokens
         jobs = []
         for prompt in self._turns():

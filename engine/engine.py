@@ -189,10 +189,15 @@ class LocalEngine:
         self._loop()
 
     def _loop(self) -> None:
-        while not self._stopped:
-            self._turn()
-        for ticket in list(self._tickets.values()):
-            self._fail(ticket, "shutdown", "the server is shutting down")
+        """However it ends, nobody goes on waiting: what is here fails, and what comes is refused."""
+        try:
+            while not self._stopped:
+                self._turn()
+        finally:
+            with self._wake:
+                self._closing = True
+            for ticket in list(self._tickets.values()):
+                self._fail(ticket, "shutdown", "the server is shutting down")
 
     def _turn(self) -> None:
         self._beat = time.monotonic()
@@ -230,7 +235,8 @@ class LocalEngine:
             self._scheduler.abandon(batch)
             for chunk in batch.chunks:
                 self._fail(chunk.sequence.ticket, "engine_error", "the step that computed this request failed")
-            self._stopped = not self._device_works()
+            if not self._device_works():
+                self._stopped = True
             return
         self._counts["steps"] += 1
         for ticket, told in events.items():

@@ -178,7 +178,9 @@ def _cells(run: Any, told: Mapping[str, Any]) -> list[Cell]:
 def _recipe(name: str, kind: Kind, own: Mapping[str, Any]) -> Recipe:
     if name not in own:
         return read_recipe(name, kind, {})
-    changes = dict(own[name]) if isinstance(own[name], dict) else {}
+    if not isinstance(own[name], dict):
+        raise TableError(f'recipes.{name} must be a table: [recipes.{name}], with from = "default" and what differs')
+    changes = dict(own[name])
     return read_recipe(str(changes.pop("from", "default")), kind, changes)
 
 

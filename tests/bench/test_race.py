@@ -17,7 +17,7 @@ from bench.plan import Claim, Load, Plan
 from bench.race import Measured, Race
 from bench.result import FirstToken, Result, Start
 from bench.server import Contestant, serving
-from bench.verdict import judge, medians
+from bench.verdict import beside, judge, medians
 from bench.workload import Workload, load_tokenizer
 
 FAKE_SERVER = Path(__file__).with_name("fake_server.py")
@@ -177,6 +177,14 @@ def test_ratios_are_of_one_round_and_medians_over_rounds():
     assert (verdict.ours, verdict.peer) == ("ours", "llama.cpp-b")
     assert medians(rows)["ours", "stitched"][SPEED] == 200.0
     assert medians(rows)["ours", "stitched"]["ttft_p50"] is None
+
+
+def test_a_claim_says_which_of_its_peers_took_no_part():
+    rows = [measured(0, name, "bare", result(100.0)) for name in ("ours", "vllm")]
+    rows.append(measured(0, "llama.cpp-a", "stitched", result(100.0)))
+    [verdict] = judge(rows, [claim("bare", peers=("vllm", "llama.cpp-*"), at_least=1.0)])
+    assert (verdict.ok, verdict.peer, verdict.absent) == (True, "vllm", ("llama.cpp-*",))
+    assert beside(verdict.peer, verdict.absent) == "vllm, without llama.cpp-*"
 
 
 def test_the_best_of_ours_counts_unless_each_is_claimed():

@@ -16,6 +16,13 @@ def test_lengths_are_in_tokens_and_prompts_take_turns(checkpoint):
     assert len({job.text_tokens for job in jobs}) > 1
 
 
+def test_loads_of_one_round_are_of_other_words_and_the_same_lengths(checkpoint):
+    tokenizer = load_tokenizer(checkpoint)
+    one, other = (Workload(requests=8, seed=seed, sizes=0).jobs(tokenizer) for seed in (1, 2))
+    assert [job.text_tokens for job in one] == [job.text_tokens for job in other]
+    assert not {job.text for job in one} & {job.text for job in other}
+
+
 def test_a_seed_is_a_workload(checkpoint):
     tokenizer = load_tokenizer(checkpoint)
     first, again, other = (Workload(requests=8, seed=seed).jobs(tokenizer) for seed in (1, 1, 2))

@@ -149,6 +149,20 @@ def test_a_failing_step_fails_its_requests_and_nothing_else(make_engine, monkeyp
     assert isinstance(ask(engine, TEXT, prompt).wait().last, RequestDone)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("part", ["runner", "scheduler"])
+def test_an_engine_that_ends_by_itself_leaves_nobody_waiting(make_engine, monkeypatch, part):
+    """Once what was sent to an engine whose device had failed waited for its deadline, if it had one."""
+    engine = make_engine()
+    monkeypatch.setattr(engine, "_device_works", lambda: False)
+    owner, name = (engine._runner, "run") if part == "runner" else (engine._scheduler, "schedule")
+    monkeypatch.setattr(owner, name, lambda _: (_ for _ in ()).throw(RuntimeError("broken on purpose")))
+    assert isinstance(ask(engine, TEXT).wait().last, RequestFailed)
+    engine._thread.join()
+    with pytest.raises(EngineClosed):
+        ask(engine, TEXT)
+
+
 def test_output_that_is_not_finite_fails_its_own_request(make_engine, reference):
     engine = make_engine()
     shape = tiny.kv(3, LlamaConfig.from_hf(reference.config.to_dict())).shape

@@ -296,6 +296,11 @@ def test_bits_in_memory(level, bits):
             'model = "x"\nbos = "after-prompt"\n[tasks.a]\ndata = "c4"\n[[runs]]\nlevels = ["w3g64"]\ntasks = ["a"]',
             "bos: 'after-prompt' is none of tokenizer",
         ),
+        (
+            'model = "x"\n[tasks.a]\ndata = "c4"\n[recipes]\nmine = "mine.toml"\n[[runs]]\nlevels = ["w3g64"]\n'
+            'tasks = ["a"]\nrecipes = ["mine"]',
+            "recipes.mine must be a table",
+        ),
         ("model = ", "cannot be read as TOML"),
     ],
 )
